@@ -1,0 +1,1 @@
+"""Sparring aligns a language model by letting it spar with itself."""

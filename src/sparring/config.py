@@ -1,0 +1,297 @@
+"""Configuration: defaults <- recipe YAML <- flags, as flat keys of which each belongs to exactly one part.
+
+A part is a frozen dataclass whose fields are made with :func:`key`, which carries meaning, unit and range beside the default.
+A method is one part; the parts below are the others. The resolved whole is saved with the run and read back by resume.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import operator
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+T = TypeVar("T")
+BOUNDS = {
+    "above": (operator.gt, "above"),
+    "least": (operator.ge, "at least"),
+    "most": (operator.le, "at most"),
+    "below": (operator.lt, "below"),
+}
+
+
+def key(
+    default: T,
+    help: str,
+    *,
+    unit: str = "",
+    above: float | None = None,
+    least: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+) -> T:
+    """A configuration key: a dataclass field with its meaning, unit and the range that :func:`check` holds it to."""
+    about = {"help": help, "unit": unit, "above": above, "least": least, "most": most, "below": below}
+    return dataclasses.field(default=default, metadata=about)  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model"""
+
+    model_name_or_path: str = key("", "Starting model: a folder, or a name on the hub")
+    model_revision: str = key("main", "Branch, tag or commit on the hub")
+    dtype: Literal["float32", "bfloat16"] = key(
+        "float32", "Precision of the computation; weights, EMA and optimizer are float32 whatever it is"
+    )
+    device: str = key("auto", "Where to train: auto, cpu, cuda, cuda:1")
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = key(
+        "sdpa", "Attention kernel, as transformers names it"
+    )
+    trust_remote_code: bool = key(False, "Run Python code that comes with the model; only for models you trust")
+    apply_chat_template: bool = key(
+        True, "Render prompts with the tokenizer's chat template; false: plain text, response after prompt"
+    )
+    chat_template_path: str | None = key(None, "A Jinja file to use as chat template; chatml: the built-in one")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The data"""
+
+    dataset_name: str = key("", "JSONL or Parquet file, a folder of them, or a data set's name on the hub")
+    dataset_config: str | None = key(None, "Configuration of a hub data set")
+    dataset_train_split: str = key("train", "Split; train[:1000] takes the first thousand rows")
+    column_map: dict[str, str] | None = key(None, "Names for other columns: prompt=question,completion=answer")
+    max_length: int = key(2048, "Longest prompt plus response", unit="tokens", least=8)
+    max_prompt_length: int = key(1792, "Longer prompts are dropped and counted", unit="tokens", least=1)
+    overlong: Literal["cut", "drop"] = key(
+        "cut", "Responses past max_length: cut there (they then have no end of turn), or dropped; counted either way"
+    )
+    max_samples: int | None = key(None, "Use only the first so many rows; none: all", unit="rows", least=1)
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """Generation"""
+
+    generation_batch_size: int = key(64, "Rows that are generated together", unit="rows", least=1)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Training"""
+
+    learning_rate: float = key(1e-6, "Peak learning rate", above=0)
+    optim: Literal["adamw_torch", "adamw_torch_fused", "rmsprop", "adamw_8bit", "muon"] = key(
+        "adamw_torch_fused", "Optimizer; muon: Muon on hidden matrices, AdamW on the rest"
+    )
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"] = key(
+        "linear", "Shape of the learning rate after warm-up"
+    )
+    warmup_ratio: float = key(0.1, "Share of the updates that warm up", least=0, most=1)
+    warmup_steps: int = key(0, "Updates that warm up; above 0 it overrides warmup_ratio", unit="updates", least=0)
+    weight_decay: float = key(0.0, "Decoupled weight decay", least=0)
+    adam_beta1: float = key(0.9, "AdamW's decay of the first moment", least=0, below=1)
+    adam_beta2: float = key(0.999, "AdamW's decay of the second moment", least=0, below=1)
+    adam_epsilon: float = key(1e-8, "AdamW's and RMSprop's term for numerical stability", above=0)
+    max_grad_norm: float = key(1.0, "Gradients are scaled down to this norm; 0: never", least=0)
+    per_device_train_batch_size: int = key(8, "Pairs in one forward and backward pass", unit="pairs", least=1)
+    gradient_accumulation_steps: int = key(1, "Passes in one update", unit="passes", least=1)
+    num_train_epochs: float = key(1.0, "Times that every prompt, or given pair, comes up", unit="epochs", above=0)
+    max_steps: int = key(-1, "Updates in all; above 0 it overrides num_train_epochs", unit="updates", least=-1)
+    gradient_checkpointing: bool = key(False, "Recompute activations in the backward pass: less memory, a third slower")
+    term_grad_norm_steps: int = key(
+        10, "Measure each loss term's own gradient norm every so many updates; 0: never", unit="updates", least=0
+    )
+
+    @property
+    def batch_size(self) -> int:
+        """Pairs in one update."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    """The watch over the run"""
+
+    on_alarm: Literal["warn", "stop", "rollback"] = key(
+        "warn",
+        "What an alarm does: warn; stop (saved, status stopped); rollback to the last checkpoint at half the learning rate",
+    )
+    monitor_steps: int = key(50, "Updates between measurements of the KL to the start; 0: never", unit="updates", least=0)
+    max_kl: float = key(1.0, "Alarm: KL from the start to the policy above this", unit="nats per token", above=0)
+    max_chosen_drop: float = key(
+        0.5, "Alarm: log-prob of the chosen responses this far under the run's first updates", unit="nats per token", above=0
+    )
+    max_length_drift: float = key(
+        2.0, "Alarm: generated responses this many times longer or shorter than the run's first ones", above=1
+    )
+    max_dropped: float = key(0.9, "Alarm: share of duplicate and empty pairs in a round above this", least=0, most=1)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The run"""
+
+    output_dir: str = key("", "The run's folder; must be new or empty")
+    seed: int = key(42, "Root of every random stream", least=0)
+    save_steps: int = key(100, "Updates between checkpoints", unit="updates", least=1)
+    save_total_limit: int = key(2, "Checkpoints that are kept, the last ones", unit="checkpoints", least=1)
+    save_round_records: bool = key(True, "Write every round's responses and pairs to rounds/ as Parquet")
+    report_to: Literal["none", "trackio", "tensorboard", "wandb"] = key("none", "Tracker beside metrics.jsonl")
+    run_name: str | None = key(None, "The run's name at the tracker and in the model card; none: the folder's")
+
+
+PARTS: dict[str, type] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "generation": GenerationConfig,
+    "training": TrainingConfig,
+    "monitor": MonitorConfig,
+    "run": RunConfig,
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run's whole configuration: the method and the six parts."""
+
+    method: Any  # a method's frozen dataclass
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    generation: GenerationConfig = GenerationConfig()
+    training: TrainingConfig = TrainingConfig()
+    monitor: MonitorConfig = MonitorConfig()
+    run: RunConfig = RunConfig()
+
+    def flat(self) -> dict[str, Any]:
+        """Every key with its value, and the method's name under ``method``."""
+        parts = [getattr(self, name) for name in ("method", *PARTS)]
+        return {"method": self.method.name} | {f.name: getattr(p, f.name) for p in parts for f in dataclasses.fields(p)}
+
+
+def resolve(method: type | Any, *layers: Mapping[str, Any]) -> Config:
+    """The configuration that ``layers`` (a recipe's keys, then flags) give on top of the defaults.
+
+    ``method`` is a method's class, or an instance whose fields are then the method's base. Text values are read as the key's
+    type. Raises ValueError for an unknown key (naming the nearest), a value of the wrong type or out of range.
+    """
+    kind = method if isinstance(method, type) else type(method)
+    known = keys_of(kind)
+    chosen: dict[str, Any] = dict(getattr(kind, "defaults", {}))
+    for layer in layers:
+        for name, value in layer.items():
+            if name not in known:
+                raise ValueError(f"unknown key {name!r} for {kind.name}{nearest(name, known)}")  # type: ignore[attr-defined]
+            chosen[name] = _read(name, value, known[name][1])
+    base = {} if isinstance(method, type) else {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
+    made = {name: part(**_mine(part, chosen)) for name, part in PARTS.items()}
+    config = Config(method=kind(**(base | _mine(kind, chosen))), **made)
+    for part in (config.method, *made.values()):
+        check(part)
+    return config
+
+
+def keys_of(method: type) -> dict[str, tuple[dataclasses.Field[Any], Any]]:
+    """Every key that a run of ``method`` has: its field and its type."""
+    found: dict[str, tuple[dataclasses.Field[Any], Any]] = {}
+    for part in (method, *PARTS.values()):
+        hints = typing.get_type_hints(part)
+        for f in dataclasses.fields(part):
+            assert f.name not in found, f"key {f.name} belongs to two parts"
+            found[f.name] = (f, hints[f.name])
+    return found
+
+
+def check(part: Any) -> None:
+    """Raise ValueError for a field of ``part`` that is outside its key's range or choices."""
+    hints = typing.get_type_hints(type(part))
+    for f in dataclasses.fields(part):
+        value, about = getattr(part, f.name), f.metadata
+        _read(f.name, value, hints[f.name])
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        if math.isnan(value):
+            raise ValueError(f"{f.name} is nan: give a number")
+        for bound, (holds, words) in BOUNDS.items():
+            limit = about.get(bound)
+            if limit is not None and not holds(value, limit):
+                raise ValueError(f"{f.name} is {value}: it must be {words} {limit}. {about['help']}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``; did you mean 'x'?`` with the nearest known name, or the empty text."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """The flat keys of a YAML recipe (its ``method`` line included); ValueError where it is no flat mapping."""
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"no recipe at {path}: give a YAML file")
+    try:
+        keys = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as problem:
+        raise ValueError(f"{path} is not YAML: {problem}") from problem
+    if not isinstance(keys, dict):
+        raise ValueError(f"{path} holds no keys: a recipe is a list of `key: value` lines")
+    return keys
+
+
+def shown(kind: Any) -> str:
+    """A key's type as a person would write it: ``int``, ``sdpa|eager``, ``a=b,c=d``."""
+    if typing.get_origin(kind) is Literal:
+        return "|".join(map(str, typing.get_args(kind)))
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return "|".join("none" if k is type(None) else shown(k) for k in typing.get_args(kind))
+    return "a=b,c=d" if typing.get_origin(kind) is dict else str(kind.__name__)
+
+
+def _mine(part: type, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    return {f.name: chosen[f.name] for f in dataclasses.fields(part) if f.name in chosen}
+
+
+def _read(name: str, value: Any, kind: Any) -> Any:
+    """``value`` as ``kind``: text from flags and YAML's loose numbers (5e-7 is text there) are read, anything else is an error."""
+    origin, options = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None or (isinstance(value, str) and value.lower() in ("none", "null", "")):
+            return None
+        return _read(name, value, next(k for k in options if k is not type(None)))
+    if origin is Literal:
+        if value in options:
+            return value
+        raise ValueError(f"{name} is {value!r}: it must be one of {', '.join(map(str, options))}{nearest(str(value), map(str, options))}")
+    if origin is dict:
+        if isinstance(value, Mapping):
+            return {str(k): str(v) for k, v in value.items()}
+        pairs = [item.partition("=") for item in str(value).split(",")]
+        if all(k and v for k, _, v in pairs):
+            return {k.strip(): v.strip() for k, _, v in pairs}
+        raise ValueError(f"{name} is {value!r}: write it as prompt=question,completion=answer")
+    if kind is bool:
+        known = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
+        if isinstance(value, bool) or str(value).lower() in known:
+            return value if isinstance(value, bool) else known[str(value).lower()]
+    elif kind in (int, float) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if kind is float and (not math.isnan(number) or str(value).lower() == "nan"):
+            return number
+        if kind is int and math.isfinite(number) and number == int(number):
+            return int(value) if isinstance(value, int) else int(number)
+    elif kind is str and isinstance(value, (str, Path)):
+        return str(value)
+    raise ValueError(f"{name} is {value!r}: it must be {shown(kind)}")

@@ -1,0 +1,1 @@
+"""What is trained on: chat templates, data sets, packing."""

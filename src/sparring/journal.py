@@ -1,0 +1,178 @@
+"""The run directory: configuration, metrics, timings, every round's records, status. What is in it is what happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+
+from sparring.data import parquet
+from sparring.records import Group, Pair, Response
+
+VERSIONS = ("sparring", "torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy")
+ABOUT = ("versions", "start_fingerprint", "data_fingerprint", "base_dtype")  # lines of config.yaml that are no keys
+
+
+class Journal:
+    """Writes a run directory. ``metrics.jsonl`` holds what is the same in every repetition; what is not is in ``timings.jsonl``."""
+
+    def __init__(self, folder: Path) -> None:
+        """A journal in ``folder``, which may be new."""
+        self.folder = folder
+        self.checkpoints = folder / "checkpoints"
+        self.model = folder / "model"
+
+    def begin(self, keys: Mapping[str, Any], **about: Any) -> None:
+        """Write the resolved configuration before anything else happens."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        whole = dict(keys) | {"versions": versions()} | about
+        _replace(self.folder / "config.yaml", yaml.safe_dump(whole, sort_keys=False))
+
+    def configuration(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The keys of the run, and what was written beside them (versions, fingerprints)."""
+        file = self.folder / "config.yaml"
+        if not file.is_file():
+            raise ValueError(f"{self.folder} is no run directory: it has no config.yaml")
+        keys = yaml.safe_load(file.read_text())
+        about = {name: keys.pop(name, None) for name in ABOUT}
+        return keys, about
+
+    def metrics(self, line: Mapping[str, Any]) -> None:
+        """Append one line of metrics."""
+        _append(self.folder / "metrics.jsonl", line)
+
+    def timing(self, line: Mapping[str, Any]) -> None:
+        """Append one line of wall-clock figures."""
+        _append(self.folder / "timings.jsonl", line)
+
+    def length(self) -> int:
+        """Bytes of metrics.jsonl, on the disk."""
+        file = self.folder / "metrics.jsonl"
+        return file.stat().st_size if file.exists() else 0
+
+    def rewind(self, metrics_bytes: int, step: int) -> None:
+        """Take back what was written after a checkpoint."""
+        file = self.folder / "metrics.jsonl"
+        if file.exists():
+            os.truncate(file, metrics_bytes)
+        timings = self.folder / "timings.jsonl"
+        if timings.exists():
+            kept = [line for line in read_lines(timings) if line.get("step", 0) <= step]
+            _replace(timings, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def round(self, number: int, groups: Sequence[Group], pairs: Sequence[Pair]) -> None:
+        """Write a round's responses and pairs."""
+        folder = self.folder / "rounds" / f"{number:05d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        parquet.write(folder / "responses.parquet", Response, (r for g in groups for r in g.responses))
+        parquet.write(folder / "pairs.parquet", Pair, pairs)
+
+    def status(self, state: str, step: int, total: int, message: str = "") -> None:
+        """Say where the run is: running, finished, stopped or failed."""
+        line = {"state": state, "step": step, "total_steps": total, "pid": os.getpid(), "message": message}
+        _replace(self.folder / "status.json", json.dumps(line))
+
+
+class Tracker(Protocol):
+    """Where metrics go beside metrics.jsonl."""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Take one update's metrics."""
+        ...
+
+    def finish(self) -> None:
+        """Nothing more will come."""
+        ...
+
+
+class NoTracker:
+    """No tracker."""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Nothing."""
+
+    def finish(self) -> None:
+        """Nothing."""
+
+
+class _WandbLike:
+    """wandb, and trackio, which has its interface."""
+
+    def __init__(self, module: Any, name: str, keys: Mapping[str, Any]) -> None:
+        self._module = module
+        module.init(project="sparring", name=name, config=dict(keys))
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        self._module.log(dict(metrics), step=step)
+
+    def finish(self) -> None:
+        self._module.finish()
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder))
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def finish(self) -> None:
+        self._writer.close()
+
+
+def tracker(report_to: str, folder: Path, name: str, keys: Mapping[str, Any]) -> Tracker:
+    """The tracker that ``report_to`` names; ValueError where its package is not installed."""
+    try:
+        if report_to == "tensorboard":
+            return _TensorBoard(folder / "tensorboard")
+        if report_to == "trackio":
+            import trackio
+
+            return _WandbLike(trackio, name, keys)
+        if report_to == "wandb":
+            import wandb
+
+            return _WandbLike(wandb, name, keys)
+    except ImportError as problem:
+        raise ValueError(f"report_to is {report_to}, which needs an extra: pip install 'sparring[{report_to}]'") from problem
+    return NoTracker()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a run's numbers depend on."""
+    found = {"python": platform.python_version(), "platform": f"{sys.platform} {platform.machine()}"}
+    for package in VERSIONS:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The whole JSON lines of a file; a last line that was torn off is left out."""
+    if not file.exists():
+        return []
+    text = file.read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def _append(file: Path, line: Mapping[str, Any]) -> None:
+    with file.open("a") as out:
+        out.write(json.dumps(line) + "\n")
+
+
+def _replace(file: Path, text: str) -> None:
+    part = file.with_name(file.name + ".part")
+    part.write_text(text)
+    part.replace(file)

@@ -1,0 +1,28 @@
+"""The methods, by the name their command has. Looked up here, imported when used: the command line starts without PyTorch."""
+
+from __future__ import annotations
+
+import importlib
+
+from sparring.config import nearest
+
+METHODS = {  # name: (module, class, what `sparring --help` says)
+    "sapo": ("sapo", "SAPO", "Self-Augmented Preference Optimization, arXiv 2405.20830 (not 2511.20347)"),
+    "sft": ("offline", "SFT", "Supervised fine-tuning on prompts and responses"),
+    "dpo": ("offline", "DPO", "Direct Preference Optimization on given pairs, arXiv 2305.18290"),
+    "ipo": ("offline", "IPO", "Identity Preference Optimization on given pairs, arXiv 2310.12036"),
+    "hinge": ("offline", "Hinge", "SLiC hinge on given pairs, arXiv 2309.06657"),
+    "orpo": ("offline", "ORPO", "Odds Ratio Preference Optimization on given pairs, arXiv 2403.07691"),
+    "simpo": ("offline", "SimPO", "Simple Preference Optimization on given pairs, arXiv 2405.14734"),
+    "kto": ("offline", "KTO", "Kahneman-Tversky Optimization on given pairs, arXiv 2402.01306"),
+    "dpop": ("offline", "DPOP", "DPO-Positive on given pairs, arXiv 2402.13228"),
+}
+
+
+def method(name: str) -> type:
+    """The class of the method called ``name``; ValueError names the nearest one there is."""
+    if name not in METHODS:
+        raise ValueError(f"no method {name!r}{nearest(name, METHODS)} (there are {', '.join(METHODS)})")
+    module, kind, _ = METHODS[name]
+    found: type = getattr(importlib.import_module(f"sparring.methods.{module}"), kind)
+    return found

@@ -1,0 +1,92 @@
+"""Optimizers by the names users type, their state as named tensors, and the learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparring.config import TrainingConfig
+
+
+def make_optimizers(model: Any, config: TrainingConfig) -> list[torch.optim.Optimizer]:
+    """The optimizer of ``config.optim`` over the trainable weights; Muon comes with an AdamW for what is no hidden matrix.
+
+    Weight decay spares vectors (norms and biases). Errors: ValueError where an extra is not installed.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    outer = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
+    hidden = [p for _, p in named if p.ndim == 2 and id(p) not in outer] if config.optim == "muon" else []
+    taken = {id(p) for p in hidden}
+    groups = [
+        {"params": [p for _, p in named if id(p) not in taken and p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for _, p in named if id(p) not in taken and p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    betas, rate, eps = (config.adam_beta1, config.adam_beta2), config.learning_rate, config.adam_epsilon
+    if config.optim == "rmsprop":
+        return [torch.optim.RMSprop(groups, lr=rate, eps=eps)]
+    if config.optim == "adamw_8bit":
+        return [_adamw_8bit(groups, lr=rate, betas=betas, eps=eps)]
+    fused = config.optim != "adamw_torch"
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=rate, betas=betas, eps=eps, fused=fused)]
+    if hidden:
+        if not hasattr(torch.optim, "Muon"):
+            raise ValueError(f"optim is muon, which PyTorch {torch.__version__} lacks: use 2.9 or later, or adamw_torch_fused")
+        muon = torch.optim.Muon(hidden, lr=rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+        optimizers.append(muon)
+    return optimizers
+
+
+def learning_rate(step: int, total: int, config: TrainingConfig) -> float:
+    """The learning rate of update ``step`` (from 0) of ``total``: linear warm-up, then the schedule's shape."""
+    warmup = config.warmup_steps or math.ceil(config.warmup_ratio * total)
+    kind = config.lr_scheduler_type
+    if step < warmup and kind != "constant":
+        return config.learning_rate * (step + 1) / (warmup + 1)
+    share = (step - warmup) / max(1, total - warmup)
+    shapes = {
+        "linear": 1.0 - share,
+        "cosine": 0.5 * (1.0 + math.cos(math.pi * share)),
+        "constant": 1.0,
+        "constant_with_warmup": 1.0,
+        "inverse_sqrt": math.sqrt(max(warmup, 1) / max(step + 1, max(warmup, 1))),
+    }
+    return config.learning_rate * max(0.0, shapes[kind])
+
+
+def state_tensors(model: Any, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """Every tensor of the optimizers' state, named ``weight's name/key``."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {
+        f"{names[id(p)]}/{key}": value.detach().clone() if value.ndim == 0 else value.detach()
+        for optimizer in optimizers
+        for p, state in optimizer.state.items()
+        for key, value in state.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def load_state_tensors(model: Any, optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
+    """Put back what ``state_tensors`` took out."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    by_weight: dict[str, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        weight, _, key = name.rpartition("/")
+        by_weight.setdefault(weight, {})[key] = value
+    for optimizer in optimizers:
+        whole = optimizer.state_dict()
+        weights = [p for group in optimizer.param_groups for p in group["params"]]
+        whole["state"] = {i: by_weight[names[id(p)]] for i, p in enumerate(weights) if names[id(p)] in by_weight}
+        optimizer.load_state_dict(whole)
+
+
+def _adamw_8bit(groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as problem:
+        raise ValueError("optim is adamw_8bit, which needs an extra: pip install 'sparring[adam8bit]'") from problem
+    made: torch.optim.Optimizer = AdamW8bit(groups, **options)
+    return made

@@ -1,0 +1,181 @@
+"""The model in its three roles: the policy that learns, the EMA that writes, the reference that both are measured by."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from sparring.config import ModelConfig
+from sparring.model import ema
+
+Role = Literal["policy", "ema", "reference"]
+
+
+def load_model(config: ModelConfig, device: torch.device) -> Any:
+    """The starting model with float32 weights on ``device``; ValueError where it cannot be one, before weights are read."""
+    where = _found(config)
+    about = _config(config)
+    kinds = about.architectures or []
+    if about.is_encoder_decoder or (about.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not hasattr(about, "auto_map")):
+        kind = kinds[0] if kinds else about.model_type
+        raise ValueError(f"{config.model_name_or_path} is a {kind}, which is no causal language model: give one, as Llama or Qwen are")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            where,
+            revision=config.model_revision,
+            dtype=torch.float32,
+            attn_implementation=config.attn_implementation,
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=True,
+        )
+    except OSError as problem:
+        raise ValueError(
+            f"{config.model_name_or_path} has no weights in safetensors ({problem}): convert them; pickled weights are never read"
+        ) from problem
+    return without_dropout(model.to(device))
+
+
+def adopt(model: Any, device: torch.device) -> Any:
+    """A copy of a model object as a starting model: float32 weights on ``device``, without dropout."""
+    return without_dropout(copy.deepcopy(model).to(device, torch.float32).requires_grad_(True))
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; ValueError where there is none."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            _found(config), revision=config.model_revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError) as problem:
+        raise ValueError(f"{config.model_name_or_path} has no tokenizer that can be read: {problem}") from problem
+    return tokenizer
+
+
+def generation_ends(config: ModelConfig) -> list[int]:
+    """The ids that the model's generation config ends at; none where it has no such file."""
+    try:
+        ends = GenerationConfig.from_pretrained(_found(config), revision=config.model_revision).eos_token_id
+    except OSError:
+        return []
+    return [] if ends is None else list(ends) if isinstance(ends, list) else [ends]
+
+
+def shipped_dtype(config: ModelConfig) -> torch.dtype:
+    """The precision the starting model was saved in, and the result will be."""
+    dtype = _config(config).dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
+    """Raise ValueError where the tokenizer has ids that the model has no embedding for."""
+    rows, ids = model.get_input_embeddings().weight.shape[0], len(tokenizer)
+    if ids > rows:
+        raise ValueError(
+            f"the tokenizer has {ids} tokens and the model {rows} embeddings: it is another model's tokenizer, or tokens were "
+            "added without model.resize_token_embeddings(len(tokenizer)); save the two together"
+        )
+
+
+def without_dropout(model: Any) -> Any:
+    """``model`` with every dropout at 0: policy and reference must agree where their weights do."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    return model
+
+
+class Roles:
+    """Policy, EMA and reference, each a whole model in float32; a role that nobody keeps falls to the policy."""
+
+    def __init__(self, policy: Any, *, ema_decay: float, reference: bool) -> None:
+        """All roles start as copies of ``policy``."""
+        self.policy = policy
+        self.ema = _frozen_copy(policy) if ema_decay else None
+        self.ema_decay = ema_decay
+        self.reference = _frozen_copy(policy) if reference else None
+
+    @contextlib.contextmanager
+    def playing(self, role: Role) -> Iterator[Any]:
+        """The model in ``role``, for forward passes without gradient."""
+        models = {"policy": self.policy, "ema": self.ema, "reference": self.reference}
+        model = models[role] if models[role] is not None else self.policy
+        was_training = model.training
+        model.eval()
+        with torch.no_grad():
+            yield model
+        model.train(was_training)
+
+    def step_ema(self) -> None:
+        """ema <- (1 - b) policy + b ema."""
+        if self.ema is not None:
+            ema.step(self.ema, self.policy, self.ema_decay)
+
+    def refresh_reference(self, source: Literal["ema", "policy"]) -> None:
+        """Copy the EMA (the policy, where there is no EMA) or the policy into the reference."""
+        assert self.reference is not None
+        origin = self.ema if source == "ema" and self.ema is not None else self.policy
+        ema.step(self.reference, origin, 0.0)
+
+    def kept(self) -> dict[Role, Any]:
+        """The models there are, by role."""
+        models: dict[Role, Any] = {"policy": self.policy, "ema": self.ema, "reference": self.reference}
+        return {role: model for role, model in models.items() if model is not None}
+
+
+def fingerprint(model: Any) -> str:
+    """A digest of all weights, the same wherever they are loaded."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that ``auto``, ``cpu`` or ``cuda:1`` names; ValueError where this machine lacks it."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device is {name!r}, but PyTorch {torch.__version__} sees no CUDA device here: use --device cpu")
+    return torch.device(name)
+
+
+def _frozen_copy(model: Any) -> Any:
+    return copy.deepcopy(model).requires_grad_(False).eval()
+
+
+def _found(config: ModelConfig) -> str:
+    """The folder or hub name; a path that looks like a folder must exist, so that a typing error is not sent to the hub."""
+    name = config.model_name_or_path
+    if not name:
+        raise ValueError("model_name_or_path is missing: give the starting model's folder or hub name")
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{name} is a folder without config.json, so no model: give the folder that save_pretrained wrote")
+        return name
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise ValueError(f"no folder {name}: model_name_or_path is a folder, or owner/name on the hub")
+    return name
+
+
+def _config(config: ModelConfig) -> transformers.PretrainedConfig:
+    try:
+        found: transformers.PretrainedConfig = AutoConfig.from_pretrained(
+            _found(config), revision=config.model_revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError) as problem:
+        raise ValueError(f"{config.model_name_or_path} cannot be read as a model: {problem}") from problem
+    return found

@@ -1,0 +1,79 @@
+"""Imports run one way: a module imports, also lazily, only from layers above its own or from its own sub-package."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+LAYERS = """
+    records seeds
+    losses pairing config data.chat
+    data
+    model methods.base buffer
+    methods actors judges learner checkpoint journal monitor card progress
+    evaluate probe
+    loop
+    run
+    report annotate demo __init__
+    cli
+    __main__
+"""
+RANK = {name: rank for rank, line in enumerate(LAYERS.split("\n")) for name in line.split()}
+SRC = Path(__file__).parents[1] / "src" / "sparring"
+MODULES = {".".join(p.relative_to(SRC).with_suffix("").parts).removesuffix(".__init__"): p for p in SRC.rglob("*.py")}
+HEAVY = ["torch", "transformers", "peft", "datasets"]
+
+
+def layer(module: str) -> str:
+    """The name in LAYERS under which a module of ours, ``methods.base`` say, stands."""
+    names = [".".join(module.split(".")[:2]), module.split(".")[0]]
+    found = [name for name in names if name in RANK]
+    assert found, f"src/sparring/{names[1]} stands in no layer: add it to LAYERS in tests/test_layers.py"
+    return found[0]
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The modules of ours that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import; write it out from sparring"
+            names = [f"{node.module}.{name}" for name in names]
+        for name in names:
+            if name.split(".")[0] == "sparring":
+                inner = name.partition(".")[2]
+                yield inner if inner in MODULES else inner.rpartition(".")[0] or "__init__"
+
+
+def allowed(module: str, target: str) -> bool:
+    """Whether ``module`` may import ``target``: methods never import each other, except for the list of them."""
+    here, there = layer(module), layer(target)
+    return module in ("__init__", target) or RANK[there] < RANK[here] or here == there != "methods" or module == there
+
+
+def test_imports_run_one_way() -> None:
+    edges = [(module, target) for module, path in MODULES.items() for target in imported(path)]
+    assert edges
+    assert [f"{module} imports {target}" for module, target in edges if not allowed(module, target)] == []
+
+
+def test_every_module_stands_in_a_layer() -> None:
+    assert all(layer(module) for module in MODULES)
+
+
+def test_a_method_may_not_import_a_method_an_actor_a_judge_or_the_learner() -> None:
+    assert not any(allowed("methods.sapo", t) for t in ("methods.dpo", "actors.local", "judges.llm", "learner", "run"))
+    assert all(allowed("methods.sapo", target) for target in ("methods.base", "losses", "data.chat", "model.logps"))
+
+
+def test_no_file_is_over_300_lines_without_saying_why() -> None:
+    long = [path for path in MODULES.values() if len(path.read_text("utf-8").splitlines()) > 300]
+    why = {path: ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "" for path in long}
+    assert [str(path) for path in long if "over 300 lines because" not in " ".join(why[path].split())] == []
+
+
+def test_the_command_line_starts_without_pytorch() -> None:
+    code = f"import sys, sparring.cli; print([name for name in {HEAVY} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stdout + done.stderr
