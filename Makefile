@@ -54,7 +54,7 @@ constraints: ## resolve constraints.txt anew, with Python 3.11
 
 clean: ## remove the environment and everything that was made
 	rm -rf $(VENV) $(VENV)-constraints build dist .pytest_cache .mypy_cache .ruff_cache
-	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.created:
 	@command -v $(PYTHON) > /dev/null || { echo "Sparring needs Python 3.11 or newer, and there is no $(PYTHON): PYTHON=/path/to/python3 make ..." >&2; exit 1; }

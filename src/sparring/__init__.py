@@ -1,1 +1,41 @@
 """Sparring aligns a language model by letting it spar with itself."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparring.methods.offline import DPO, DPOP, IPO, KTO, ORPO, SFT, Hinge, SimPO
+    from sparring.methods.sapo import SAPO
+    from sparring.records import Pair, Prompt, Response
+    from sparring.run import Run, resume, train
+
+__all__ = [
+    "DPO",
+    "DPOP",
+    "Hinge",
+    "IPO",
+    "KTO",
+    "ORPO",
+    "Pair",
+    "Prompt",
+    "Response",
+    "Run",
+    "SAPO",
+    "SFT",
+    "SimPO",
+    "resume",
+    "train",
+]
+PLACES = {  # looked up when first used: `import sparring` costs nothing, and the command line starts without PyTorch
+    "sparring.methods.offline": ("DPO", "DPOP", "Hinge", "IPO", "KTO", "ORPO", "SFT", "SimPO"),
+    "sparring.methods.sapo": ("SAPO",),
+    "sparring.records": ("Pair", "Prompt", "Response"),
+    "sparring.run": ("Run", "resume", "train"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in PLACES.items():
+        if name in names:
+            return getattr(importlib.import_module(module), name)
+    raise AttributeError(f"module 'sparring' has no attribute {name!r}")

@@ -179,14 +179,14 @@ class Config:
         return {"method": self.method.name} | {f.name: getattr(p, f.name) for p in parts for f in dataclasses.fields(p)}
 
 
-def resolve(method: type | Any, *layers: Mapping[str, Any]) -> Config:
+def resolve(method: type | Any, *layers: Mapping[str, Any], parts: Iterable[str] = tuple(PARTS)) -> Config:
     """The configuration that ``layers`` (a recipe's keys, then flags) give on top of the defaults.
 
-    ``method`` is a method's class, or an instance whose fields are then the method's base. Text values are read as the key's
-    type. Raises ValueError for an unknown key (naming the nearest), a value of the wrong type or out of range.
+    ``method`` is a method's class, or an instance whose fields are then the method's base; ``parts`` are those whose keys may be
+    given. Text values are read as the key's type. Raises ValueError for an unknown key (naming the nearest), a value of the wrong type or out of range.
     """
     kind = method if isinstance(method, type) else type(method)
-    known = keys_of(kind)
+    known = keys_of(kind, parts)
     chosen: dict[str, Any] = dict(getattr(kind, "defaults", {}))
     for layer in layers:
         for name, value in layer.items():
@@ -201,10 +201,10 @@ def resolve(method: type | Any, *layers: Mapping[str, Any]) -> Config:
     return config
 
 
-def keys_of(method: type) -> dict[str, tuple[dataclasses.Field[Any], Any]]:
-    """Every key that a run of ``method`` has: its field and its type."""
+def keys_of(method: type, parts: Iterable[str] = tuple(PARTS)) -> dict[str, tuple[dataclasses.Field[Any], Any]]:
+    """Every key of ``method`` and ``parts``: its field and its type."""
     found: dict[str, tuple[dataclasses.Field[Any], Any]] = {}
-    for part in (method, *PARTS.values()):
+    for part in (method, *(PARTS[name] for name in parts)):
         hints = typing.get_type_hints(part)
         for f in dataclasses.fields(part):
             assert f.name not in found, f"key {f.name} belongs to two parts"

@@ -85,12 +85,12 @@ class Learner:
         """Log-probs of a micro-batch under the policy, with gradient, and under the reference, where there is one."""
         chosen: list[Scored] = [(p.prompt_token_ids, p.chosen, p.chosen_scored) for p in pairs]
         rejected: list[Scored] = [(p.prompt_token_ids, p.rejected, p.rejected_scored) for p in pairs if p.rejected]
-        scored, whole = self.sums(self.roles.policy, chosen + rejected)
+        scored, whole = self._sums(self.roles.policy, chosen + rejected)
         if self.roles.reference is None:
             ref_scored = torch.zeros_like(scored)
         else:
             with self.roles.playing("reference") as reference:
-                ref_scored, _ = self.sums(reference, chosen + rejected)
+                ref_scored, _ = self._sums(reference, chosen + rejected)
         count, none = len(pairs), scored.new_zeros(len(pairs))
 
         def numbers(values: list[float]) -> Tensor:
@@ -117,7 +117,7 @@ class Learner:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)  # type: ignore[return-value]
 
-    def sums(self, model: Any, rows: Sequence[Scored]) -> tuple[Tensor, Tensor]:
+    def _sums(self, model: Any, rows: Sequence[Scored]) -> tuple[Tensor, Tensor]:
         """Log-probs summed over each row's scored span and over its whole response."""
         layout = lay_out([(prompt, response.token_ids) for prompt, response, _ in rows], self.pad_id, self.device)
         with self.precision():
@@ -133,7 +133,7 @@ class Learner:
         for start in range(0, len(others), self.config.per_device_train_batch_size):
             rows = others[start : start + self.config.per_device_train_batch_size]
             with self.roles.playing("policy") as policy, self.roles.playing("reference") as reference:
-                total += (self.sums(policy, rows)[1] - self.sums(reference, rows)[1]).sum()
+                total += (self._sums(policy, rows)[1] - self._sums(reference, rows)[1]).sum()
         return total / len(others)
 
     def _step(self, rate: float, grad_norm: float) -> None:

@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from sparring.data.packing import lay_out
 from sparring.learner import Learner
 from sparring.methods.base import Context, Request, Sampling
-from sparring.records import Prompt, Response, tokens
+from sparring.model.logps import token_logps
+from sparring.records import Prompt, tokens
 
 PROMPTS, TOKENS = 16, 128
 
@@ -34,17 +37,21 @@ class Probe:
         written = self.context.writers["policy"].write(requests, Sampling())
         rows = [{"prompt": list(p.token_ids), "response": list(w.token_ids)} for p, w in zip(chosen, written, strict=True)]
         part = self.file.with_name(self.file.name + ".part")
-        part.write_text(json.dumps({"rows": rows, "logp": self._logp(rows)}))
+        part.write_text(json.dumps({"rows": rows, "logps": self._logps(rows).tolist()}))
         part.replace(self.file)
 
     def kl(self) -> float:
-        """KL(start || policy) in nats per token: the mean of log start - log policy over the start's samples."""
-        known = json.loads(self.file.read_text())
-        count = sum(len(row["response"]) for row in known["rows"])
-        return (float(known["logp"]) - self._logp(known["rows"])) / count
+        """KL(start || policy) in nats per token, estimated on the start's samples.
 
-    @torch.no_grad()
-    def _logp(self, rows: Sequence[dict[str, list[int]]]) -> float:
-        scored = [(tokens(r["prompt"]), Response("", tokens(r["response"]), "probe"), (0, len(r["response"]))) for r in rows]
-        with self.learner.roles.playing("policy") as model:
-            return float(self.learner.sums(model, scored)[0].double().sum())
+        The mean of e^d - 1 - d over tokens, d = log policy - log start: unbiased, and never below 0.
+        """
+        known = json.loads(self.file.read_text())
+        d = self._logps(known["rows"]) - torch.tensor(known["logps"], dtype=torch.float64)
+        return float((d.exp() - 1 - d).mean())
+
+    def _logps(self, rows: Sequence[dict[str, list[int]]]) -> Tensor:
+        """Log-probs of all response tokens, one after the other, float64."""
+        sequences = [(tokens(row["prompt"]), tokens(row["response"])) for row in rows]
+        with self.learner.roles.playing("policy") as model, self.learner.precision():
+            layout = lay_out(sequences, self.learner.pad_id, self.learner.device)
+            return token_logps(model, layout)[layout.inside(layout.whole)].double().cpu()

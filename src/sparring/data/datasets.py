@@ -101,6 +101,16 @@ def load(
     return loaded
 
 
+def texts_of(config: DataConfig) -> Iterator[str]:
+    """Every text of the data set that ``config`` names, prompts, responses and messages alike, for a tokenizer to be trained on."""
+    for row in itertools.islice(_read(config), config.max_samples):
+        for value in row.values():
+            for part in value if isinstance(value, list) else [value]:
+                text = part.get("content") if isinstance(part, Mapping) else part
+                if isinstance(text, str):
+                    yield text
+
+
 class _Shape:
     """A row's columns as what is asked and its answers; BadRow for a row to drop, ValueError with its number for a wrong type."""
 
@@ -200,7 +210,110 @@ def _tokenized(
             yield prompt
             continue
         text, ids = prompt
-        answers = []
-        for answer in itertools.islice(written, len(row[1])):
-            answers.append(_limited(config, chat, len(ids), answer))
-        ...
+        answers = [_limited(config, len(ids), answer) for answer in itertools.islice(written, len(row[1]))]
+        bad = next((answer for answer in answers if isinstance(answer, BadRow)), None)
+        if bad is not None:
+            yield bad
+        elif len(answers) == 2 and answers[0].token_ids == answers[1].token_ids:
+            yield BadRow("chosen equals rejected")
+        else:
+            yield text, ids, answers
+
+
+def _fitting(config: DataConfig, prompt: tuple[str, Tokens] | BadRow) -> tuple[str, Tokens] | BadRow:
+    """The prompt, where it is short enough to be answered."""
+    if isinstance(prompt, BadRow):
+        return prompt
+    if len(prompt[1]) > config.max_prompt_length:
+        return BadRow("prompt longer than max_prompt_length")
+    return prompt if config.max_length - len(prompt[1]) >= LEAST_ROOM else BadRow("no room for a response")
+
+
+def _limited(config: DataConfig, before: int, answer: Response | BadRow) -> Response | BadRow:
+    """The answer, cut or refused where prompt and answer are longer than max_length."""
+    if isinstance(answer, BadRow) or before + len(answer.token_ids) <= config.max_length:
+        return answer
+    if config.overlong == "drop":
+        return BadRow("longer than max_length")
+    return replace(answer, token_ids=answer.token_ids[: config.max_length - before], finished=False)
+
+
+def _read(config: DataConfig) -> Iterator[Row]:
+    """The rows of the files or the hub data set that ``config`` names."""
+    name = config.dataset_name
+    if not name:
+        raise ValueError("dataset_name is missing: give a JSONL or Parquet file, a folder of them, or a name on the hub")
+    path = Path(name).expanduser()
+    split, first, last = _slice(config.dataset_train_split)
+    if path.is_file():
+        return itertools.islice(_file(path), first, last)
+    if path.is_dir():
+        files = sorted(f for f in path.iterdir() if f.suffix in SUFFIXES)
+        named = [f for f in files if re.search(rf"(^|[^a-z]){re.escape(split)}", f.stem)]
+        if not files:
+            raise ValueError(f"{path} holds no {', '.join(SUFFIXES)} file")
+        others = [f for f in files if any(re.search(rf"(^|[^a-z]){other}", f.stem) for other in SPLITS)]
+        if not named and others:
+            raise ValueError(f"{path} has no file of split {split!r}: it has {', '.join(f.name for f in files)}; set dataset_train_split")
+        return itertools.islice(itertools.chain.from_iterable(map(_file, named or files)), first, last)
+    if path.suffix or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise ValueError(f"no data at {name}: dataset_name is a JSONL or Parquet file, a folder of them, or a name on the hub")
+    import datasets
+
+    try:
+        found = datasets.load_dataset(name, config.dataset_config, split=config.dataset_train_split)
+    except Exception as problem:  # the hub's client raises a dozen kinds
+        raise ValueError(f"{name} is neither a file here nor a data set on the hub that can be read: {problem}") from problem
+    return iter(found)
+
+
+def _file(path: Path) -> Iterator[Row]:
+    if path.suffix == ".parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            for batch in pq.ParquetFile(path).iter_batches(CHUNK):
+                yield from batch.to_pylist()
+        except pa.ArrowInvalid as problem:
+            raise ValueError(f"{path} is no Parquet file: {problem}") from problem
+        return
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path} is a {path.suffix or 'file without suffix'}: it can be {', '.join(SUFFIXES)}")
+    with path.open("rb") as file:
+        start = file.read(1 << 16).removeprefix(codecs.BOM_UTF8).lstrip()
+    if path.suffix == ".json" and start[:1] == b"[":  # one array instead of lines
+        whole = _parsed(path.read_bytes().removeprefix(codecs.BOM_UTF8), str(path))
+        yield from whole
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if not text.strip():
+                continue
+            row = _parsed(text, f"{path}, line {number}")
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number} is {row!r:.80}: each line must be a JSON object")
+            yield row
+
+
+def _parsed(text: bytes, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except UnicodeDecodeError as problem:
+        raise ValueError(f"{where} is not UTF-8: {problem}") from problem
+    except json.JSONDecodeError as problem:
+        raise ValueError(f"{where} is not JSON ({problem.msg} at column {problem.colno}): {text[:60]!r}") from problem
+
+
+def _slice(split: str) -> tuple[str, int | None, int | None]:
+    """``train[10:20]`` as its name and row numbers."""
+    match = re.fullmatch(r"([\w.-]+)(?:\[(\d*):(\d*)\])?", split)
+    if match is None:
+        raise ValueError(f"dataset_train_split is {split!r}: write a name, or train[:1000]")
+    name, first, last = match.groups()
+    return name, int(first) if first else None, int(last) if last else None
+
+
+def _counts(dropped: Mapping[str, Sequence[int]]) -> str:
+    return ", ".join(f"{len(numbers):,} {reason}" for reason, numbers in dropped.items())

@@ -1,0 +1,216 @@
+"""The command line: thin, with heavy imports inside the commands."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from sparring.config import PARTS, nearest, read_recipe, resolve
+from sparring.methods import METHODS, method
+
+Flags = dict[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit code: 0 done, 1 failed or stopped, 2 wrong input."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    commands: dict[str, tuple[Callable[[list[str]], int], str]] = {
+        **{name: (lambda rest, name=name: _train(name, rest), about) for name, (_, _, about) in METHODS.items()},
+        "demo": (_demo, "Make data, train a tiny model, align it, and print what it gained"),
+        "evaluate": (_evaluate, "Held-out likelihood, samples, and a verifier's score of a model"),
+        "resume": (_resume, "Continue an interrupted run exactly where it would be"),
+        "status": (_status, "Where a run stands"),
+        "inspect": (_inspect, "A run's pairs, the regenerated segment coloured against the human one"),
+        "init-model": (_init_model, "Make a small model and its tokenizer from a data set, to start from nothing"),
+        "doctor": (_doctor, "What this machine can do, and how a data set looks to a model"),
+    }
+    if not words or words[0] in ("-h", "--help", "help"):
+        _overview({name: about for name, (_, about) in commands.items()})
+        return 0
+    if words[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"sparring {version('sparring')}")
+        return 0
+    try:
+        if words[0] not in commands:
+            raise ValueError(f"no command {words[0]!r}{nearest(words[0], commands)} `sparring --help` lists them")
+        return commands[words[0]][0](words[1:])
+    except ValueError as problem:
+        Console(stderr=True).print(f"[bold red]error:[/] {_escaped(str(problem))}", highlight=False, soft_wrap=True)
+        return 2
+    except OSError as problem:
+        Console(stderr=True).print(f"[bold red]failed:[/] {_escaped(str(problem))}", highlight=False, soft_wrap=True)
+        return 1
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def flags(words: Sequence[str]) -> Flags:
+    """``--key value``, ``--key=value`` and, for a switch, ``--key`` alone; ValueError for anything else."""
+    found: Flags = {}
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            raise ValueError(f"{word!r} stands alone: settings are written --key value")
+        name, equals, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        if name in found:
+            raise ValueError(f"--{name} is given twice")
+        if equals:
+            found[name] = value
+        elif rest and not rest[0].startswith("--"):
+            found[name] = rest.pop(0)
+        else:
+            found[name] = True
+    return found
+
+
+def _train(name: str, words: list[str]) -> int:
+    kind = method(name)
+    if _wants_help(words, kind, tuple(PARTS)):
+        return 0
+    given = flags(words)
+    recipe = _recipe(given.pop("config", None))
+    named = recipe.pop("method", name)
+    if named != name:
+        raise ValueError(f"the recipe is for {named}: run `sparring {named}` with it")
+    from sparring.run import train
+
+    return _ended(train(kind, **{**recipe, **given}))
+
+
+def _resume(words: list[str]) -> int:
+    parser = argparse.ArgumentParser("sparring resume", description="Continue an interrupted run.")
+    parser.add_argument("run", help="the run's folder")
+    given = parser.parse_args(words)
+    from sparring.run import resume
+
+    return _ended(resume(given.run))
+
+
+def _ended(run: Any) -> int:
+    console = Console(highlight=False, soft_wrap=True)
+    if run.state == "finished":
+        console.print(f"[bold green]finished[/]  {run.model}")
+        return 0
+    console.print(f"[bold yellow]{run.state}[/]  {_escaped(run.message)}")
+    return 0 if run.state == "interrupted" else 1
+
+
+def _evaluate(words: list[str]) -> int:
+    from sparring.evaluate.held_out import Evaluate
+
+    parts = ("model", "data", "generation")
+    if _wants_help(words, Evaluate, parts):
+        return 0
+    given = flags(words)
+    recipe = _recipe(given.pop("config", None))
+    config = resolve(Evaluate, recipe, given, parts=parts)
+    from sparring.report.evaluation import evaluation_report
+
+    Console().print(evaluation_report(config))
+    return 0
+
+
+def _demo(words: list[str]) -> int:
+    parser = argparse.ArgumentParser("sparring demo", description="The whole story on a tiny model, in a few minutes.")
+    parser.add_argument("--output_dir", default="runs/demo", help="where everything goes (runs/demo)")
+    parser.add_argument("--seed", type=int, default=0, help="root of every random stream (0)")
+    given = parser.parse_args(words)
+    from sparring.demo.play import play_demo
+
+    return play_demo(Path(given.output_dir), given.seed)
+
+
+def _status(words: list[str]) -> int:
+    parser = argparse.ArgumentParser("sparring status", description="Where a run stands.")
+    parser.add_argument("run", type=Path, help="the run's folder")
+    given = parser.parse_args(words)
+    from sparring.report.terminal import status_view
+
+    Console().print(status_view(given.run))
+    return 0
+
+
+def _inspect(words: list[str]) -> int:
+    parser = argparse.ArgumentParser("sparring inspect", description="A run's pairs, side by side.")
+    parser.add_argument("run", type=Path, help="the run's folder")
+    parser.add_argument("--round", type=int, default=None, help="which round; the last one where not given")
+    parser.add_argument("--count", type=int, default=5, help="how many pairs (5)")
+    given = parser.parse_args(words)
+    from sparring.report.terminal import inspect_view
+
+    Console().print(inspect_view(given.run, round=given.round, count=given.count))
+    return 0
+
+
+def _init_model(words: list[str]) -> int:
+    from sparring.model.create import InitModel, init_model_from
+
+    if _wants_help(words, InitModel, ("data",)):
+        return 0
+    config = resolve(InitModel, flags(words), parts=("data",))
+    Console(highlight=False).print(f"[bold green]made[/]  {init_model_from(config)}")
+    return 0
+
+
+def _doctor(words: list[str]) -> int:
+    from sparring.report.doctor import Doctor, doctor_report
+
+    parts = ("model", "data")
+    if _wants_help(words, Doctor, parts):
+        return 0
+    Console().print(doctor_report(resolve(Doctor, flags(words), parts=parts)))
+    return 0
+
+
+def _recipe(name: str | None) -> dict[str, Any]:
+    """The keys of a recipe: a file, or the name of one that comes with Sparring."""
+    if name is None:
+        return {}
+    here = Path(__file__).parent
+    shipped = [folder / f"{Path(name).stem}.yaml" for folder in (here / "recipes", here.parents[1] / "recipes")]
+    found = next((path for path in (Path(name), *shipped) if path.is_file()), None)
+    if found is None:
+        names = sorted({path.stem for folder in shipped for path in folder.parent.glob("*.yaml")})
+        raise ValueError(f"no recipe {name}{nearest(name, names)} (a YAML file, or one of {', '.join(names)})")
+    return read_recipe(found)
+
+
+def _wants_help(words: Sequence[str], kind: type, parts: Sequence[str]) -> bool:
+    if not {"-h", "--help"} & set(words):
+        return False
+    from sparring.report.terminal import help_view
+
+    Console().print(help_view(kind, parts))
+    return True
+
+
+def _overview(commands: dict[str, str]) -> None:
+    console = Console()
+    console.print("[bold]sparring[/] aligns a language model by letting it spar with itself.\n", highlight=False)
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for name, about in commands.items():
+        table.add_row(f"  [bold cyan]{name}[/]", about)
+    console.print(table)
+    console.print("\n`sparring COMMAND --help` explains a command's keys.", highlight=False)
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""How good a model is on held-out prompts: likelihood of the given responses, and what its own are worth to a verifier."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from sparring.actors.local import LocalWriter
+from sparring.config import Config, key
+from sparring.data.chat import Chat
+from sparring.data.packing import lay_out
+from sparring.judges.verifier import Verifier
+from sparring.methods.base import Request, Sampling
+from sparring.model import policy
+from sparring.model.logps import token_logps
+from sparring.records import Prompt
+from sparring.seeds import Seeds
+
+GREEDY = Sampling(temperature=0.0)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Held-out likelihood, samples, and a verifier's score, sampled and greedy."""
+
+    name = "evaluate"
+    verifier: str | None = key(None, "Who scores a response: path/to/file.py:function(prompt, response, row) -> number")
+    max_new_tokens: int = key(256, "Longest response that is generated", unit="tokens", least=1)
+    temperature: float = key(1.0, "Sampling temperature of the sampled column", above=0)
+    top_p: float = key(1.0, "Nucleus of the sampled column", above=0, most=1)
+    top_k: int = key(0, "Likeliest tokens the sampled column draws from; 0: all", unit="tokens", least=0)
+    seed: int = key(0, "Root of the samples' random streams", least=0)
+    show: int = key(2, "Samples that are printed", unit="responses", least=0)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A response to a held-out prompt, and its score where there is a verifier."""
+
+    prompt: Prompt
+    text: str
+    tokens: int
+    finished: bool
+    score: float | None
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What an evaluation found; scores stand in the order of the prompts, so that two models can be compared pair by pair."""
+
+    nll: float  # nats per token of the given responses, end of turn included; nan where there are none
+    sampled: list[Sample]
+    greedy: list[Sample]
+
+
+def evaluate(
+    model: Any, chat: Chat, prompts: Sequence[Prompt], settings: Evaluate, verify: Verifier | None, *, batch_size: int = 64,
+    tick: Callable[[int], None] = lambda rows: None,
+) -> HeldOut:
+    """Evaluate ``model`` on ``prompts``; ``tick`` is told of rows as they are done, three times the prompts in all."""
+    model.eval()
+    writer = LocalWriter(
+        lambda: contextlib.nullcontext(model),
+        source=lambda: "evaluated",
+        decode=chat.decode,
+        end_ids=chat.end_ids,
+        pad_id=chat.pad_id,
+        batch_size=batch_size,
+        tick=tick,
+    )
+    sampling = Sampling(settings.temperature, settings.top_p, settings.top_k)
+
+    def answers(how: Sampling) -> list[Sample]:
+        seeds = Seeds(settings.seed)
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        rooms = [int(min(settings.max_new_tokens, limit - len(p.token_ids))) for p in prompts]
+        requests = [Request(p.token_ids, room, seeds("evaluate", p.id)) for p, room in zip(prompts, rooms, strict=True)]
+        samples = []
+        for prompt, writing in zip(prompts, writer.write(requests, how), strict=True):
+            text = writer.text(writing.token_ids)
+            row = {**prompt.row, "finished": writing.finished}
+            score = None if verify is None else float(verify(prompt.text, text, row))
+            samples.append(Sample(prompt, text, len(writing.token_ids), writing.finished, score))
+        return samples
+
+    with torch.no_grad():
+        nll = _nll(model, chat, prompts, batch_size, tick)
+        return HeldOut(nll, answers(sampling), answers(GREEDY))
+
+
+def load_and_evaluate(config: Config, prompts: Sequence[Prompt], chat: Chat, verify: Verifier | None, **options: Any) -> HeldOut:
+    """Evaluate the model that ``config`` names."""
+    model = policy.load_model(config.model, policy.pick_device(config.model.device))
+    policy.check_vocabulary(chat.tokenizer, model)
+    return evaluate(model, chat, prompts, config.method, verify, **options)
+
+
+def interval(values: Sequence[float], *, share: float = 0.95, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """The central ``share`` of bootstrapped means of ``values``: percentiles over ``draws`` resamples with replacement."""
+    data = np.asarray(values, dtype=np.float64)
+    rng = np.random.default_rng(seed)
+    means = data[rng.integers(0, len(data), (draws, len(data)))].mean(1)
+    low, high = np.quantile(means, [(1 - share) / 2, (1 + share) / 2])
+    return float(low), float(high)
+
+
+def _nll(model: Any, chat: Chat, prompts: Sequence[Prompt], batch_size: int, tick: Callable[[int], None]) -> float:
+    total, count = 0.0, 0
+    device = next(model.parameters()).device
+    answered = [(p.token_ids, p.human.token_ids) for p in prompts if p.human]
+    for start in range(0, len(answered), batch_size):
+        rows = answered[start : start + batch_size]
+        total -= float(token_logps(model, lay_out(rows, chat.pad_id, device)).double().sum())
+        count += sum(len(response) for _, response in rows)
+        tick(len(rows))
+    return total / count if count else math.nan
