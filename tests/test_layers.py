@@ -10,7 +10,7 @@ LAYERS = """
     records seeds
     losses pairing config data.chat
     data
-    model methods.base buffer
+    model methods.base buffer recipes
     methods actors judges learner checkpoint journal monitor card progress
     evaluate probe
     loop

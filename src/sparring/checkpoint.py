@@ -76,7 +76,7 @@ def save(folder: Path, state: TrainState, *, keep: int, frozen_reference: bool) 
     except (OSError, SafetensorError) as problem:
         shutil.rmtree(part, ignore_errors=True)
         raise OSError(
-            f"checkpoint {final} could not be written ({problem}): make room on the disk; earlier checkpoints are whole"
+            f"checkpoint {final} could not be written ({problem}); earlier ones are whole"
         ) from problem
     for old in found(folder)[:-keep]:
         shutil.rmtree(old)

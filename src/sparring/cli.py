@@ -12,8 +12,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from sparring.config import PARTS, nearest, read_recipe, resolve
+from sparring.config import PARTS, nearest, resolve
 from sparring.methods import METHODS, method
+from sparring.recipes import read_recipe
 
 Flags = dict[str, Any]
 
@@ -80,7 +81,7 @@ def _train(name: str, words: list[str]) -> int:
     if _wants_help(words, kind, tuple(PARTS)):
         return 0
     given = flags(words)
-    recipe = _recipe(given.pop("config", None))
+    recipe = _recipe(given)
     named = recipe.pop("method", name)
     if named != name:
         raise ValueError(f"the recipe is for {named}: run `sparring {named}` with it")
@@ -114,7 +115,7 @@ def _evaluate(words: list[str]) -> int:
     if _wants_help(words, Evaluate, parts):
         return 0
     given = flags(words)
-    recipe = _recipe(given.pop("config", None))
+    recipe = _recipe(given)
     config = resolve(Evaluate, recipe, given, parts=parts)
     from sparring.report.evaluation import evaluation_report
 
@@ -174,17 +175,9 @@ def _doctor(words: list[str]) -> int:
     return 0
 
 
-def _recipe(name: str | None) -> dict[str, Any]:
-    """The keys of a recipe: a file, or the name of one that comes with Sparring."""
-    if name is None:
-        return {}
-    here = Path(__file__).parent
-    shipped = [folder / f"{Path(name).stem}.yaml" for folder in (here / "recipes", here.parents[1] / "recipes")]
-    found = next((path for path in (Path(name), *shipped) if path.is_file()), None)
-    if found is None:
-        names = sorted({path.stem for folder in shipped for path in folder.parent.glob("*.yaml")})
-        raise ValueError(f"no recipe {name}{nearest(name, names)} (a YAML file, or one of {', '.join(names)})")
-    return read_recipe(found)
+def _recipe(given: Flags) -> dict[str, Any]:
+    name = given.pop("config", None)
+    return read_recipe(name) if name else {}
 
 
 def _wants_help(words: Sequence[str], kind: type, parts: Sequence[str]) -> bool:

@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import yaml
-
 T = TypeVar("T")
 BOUNDS = {
     "above": (operator.gt, "above"),
@@ -232,20 +230,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """``; did you mean 'x'?`` with the nearest known name, or the empty text."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The flat keys of a YAML recipe (its ``method`` line included); ValueError where it is no flat mapping."""
-    file = Path(path)
-    if not file.is_file():
-        raise ValueError(f"no recipe at {path}: give a YAML file")
-    try:
-        keys = yaml.safe_load(file.read_text())
-    except yaml.YAMLError as problem:
-        raise ValueError(f"{path} is not YAML: {problem}") from problem
-    if not isinstance(keys, dict):
-        raise ValueError(f"{path} holds no keys: a recipe is a list of `key: value` lines")
-    return keys
 
 
 def shown(kind: Any) -> str:

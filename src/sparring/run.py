@@ -22,7 +22,7 @@ from sparring.actors.local import LocalWriter
 from sparring.buffer import Buffer
 from sparring.card import model_card, save_result
 from sparring.checkpoint import TrainState
-from sparring.config import Config, read_recipe, resolve
+from sparring.config import Config, resolve
 from sparring.data.chat import Chat
 from sparring.data.datasets import Loaded, load
 from sparring.journal import Journal, read_lines, tracker
@@ -34,6 +34,7 @@ from sparring.model import policy
 from sparring.monitor import Monitor
 from sparring.probe import Probe
 from sparring.progress import Bars, Tick
+from sparring.recipes import read_recipe
 from sparring.records import Prompt
 from sparring.seeds import Seeds
 
@@ -198,8 +199,9 @@ class Session:
                 while outcome is None:
                     outcome = self._play(asked)
         except OSError as problem:
-            self._fail(f"{problem}")
-            raise
+            words = f"{problem}. Mend it (is the disk full?), then `sparring resume {self.journal.folder}` goes on"
+            self._fail(words)
+            raise OSError(words) from problem
         except (ValueError, RuntimeError) as problem:
             self._fail(str(problem))
             raise

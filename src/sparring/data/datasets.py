@@ -31,7 +31,8 @@ LAYOUTS: dict[Need, tuple[tuple[str, ...], ...]] = {
 }
 COLUMNS = ("prompt", "completion", "messages", "chosen", "rejected")
 SUFFIXES = (".jsonl", ".json", ".parquet")
-SPLITS = re.compile(r"(train|test|validation|valid|val|dev|eval)\b", re.ASCII)
+SOURCES = "a .jsonl, .json or .parquet file, a folder of them, or a data set's name on the hub"
+SPLITS = "train|test|validation|valid|val|dev|eval"
 LEAST_ROOM = 4  # tokens: under this a response says nothing
 CHUNK = 512  # rows that are tokenized together
 
@@ -210,11 +211,12 @@ def _tokenized(
             yield prompt
             continue
         text, ids = prompt
-        answers = [_limited(config, len(ids), answer) for answer in itertools.islice(written, len(row[1]))]
-        bad = next((answer for answer in answers if isinstance(answer, BadRow)), None)
-        if bad is not None:
-            yield bad
-        elif len(answers) == 2 and answers[0].token_ids == answers[1].token_ids:
+        room = config.max_length - len(ids)
+        limited = [_limited(config, chat, room, answer) for answer in itertools.islice(written, len(row[1]))]
+        answers = [answer for answer in limited if not isinstance(answer, BadRow)]
+        if len(answers) < len(limited):
+            yield next(answer for answer in limited if isinstance(answer, BadRow))
+        elif len(answers) == 2 and answers[0].token_ids == answers[1].token_ids:  # also where they differ past the cut
             yield BadRow("chosen equals rejected")
         else:
             yield text, ids, answers
@@ -229,45 +231,58 @@ def _fitting(config: DataConfig, prompt: tuple[str, Tokens] | BadRow) -> tuple[s
     return prompt if config.max_length - len(prompt[1]) >= LEAST_ROOM else BadRow("no room for a response")
 
 
-def _limited(config: DataConfig, before: int, answer: Response | BadRow) -> Response | BadRow:
-    """The answer, cut or refused where prompt and answer are longer than max_length."""
-    if isinstance(answer, BadRow) or before + len(answer.token_ids) <= config.max_length:
+def _limited(config: DataConfig, chat: Chat, room: int, answer: Response | BadRow) -> Response | BadRow:
+    """The answer, cut or refused where it needs more than ``room`` tokens."""
+    if isinstance(answer, BadRow) or len(answer.token_ids) <= room:
         return answer
     if config.overlong == "drop":
         return BadRow("longer than max_length")
-    return replace(answer, token_ids=answer.token_ids[: config.max_length - before], finished=False)
+    ids = answer.token_ids[:room]
+    return replace(answer, text=chat.decode(ids), token_ids=ids, finished=False)
 
 
 def _read(config: DataConfig) -> Iterator[Row]:
     """The rows of the files or the hub data set that ``config`` names."""
-    name = config.dataset_name
+    name, split = config.dataset_name, config.dataset_train_split
     if not name:
-        raise ValueError("dataset_name is missing: give a JSONL or Parquet file, a folder of them, or a name on the hub")
+        raise ValueError(f"dataset_name is empty: give {SOURCES}")
     path = Path(name).expanduser()
-    split, first, last = _slice(config.dataset_train_split)
-    if path.is_file():
-        return itertools.islice(_file(path), first, last)
-    if path.is_dir():
-        files = sorted(f for f in path.iterdir() if f.suffix in SUFFIXES)
-        named = [f for f in files if re.search(rf"(^|[^a-z]){re.escape(split)}", f.stem)]
-        if not files:
-            raise ValueError(f"{path} holds no {', '.join(SUFFIXES)} file")
-        others = [f for f in files if any(re.search(rf"(^|[^a-z]){other}", f.stem) for other in SPLITS)]
-        if not named and others:
-            raise ValueError(f"{path} has no file of split {split!r}: it has {', '.join(f.name for f in files)}; set dataset_train_split")
-        return itertools.islice(itertools.chain.from_iterable(map(_file, named or files)), first, last)
-    if path.suffix or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise ValueError(f"no data at {name}: dataset_name is a JSONL or Parquet file, a folder of them, or a name on the hub")
+    if path.exists():
+        kept = re.fullmatch(r"([\w.-]+)(?:\[(\d*):(\d*)\])?", split)
+        if kept is None:
+            raise ValueError(f"dataset_train_split is {split!r}: for files write a split's name, or train[:1000]")
+        rows = itertools.chain.from_iterable(map(_file, _files(path, kept[1]) if path.is_dir() else [path]))
+        return itertools.islice(rows, int(kept[2] or 0), int(kept[3]) if kept[3] else None)
+    if path.suffix in SUFFIXES or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise ValueError(f"no data at {name}{nearest(path.name, beside)}: dataset_name is {SOURCES}")
     import datasets
 
     try:
-        found = datasets.load_dataset(name, config.dataset_config, split=config.dataset_train_split)
+        found = datasets.load_dataset(name, config.dataset_config, split=split)
     except Exception as problem:  # the hub's client raises a dozen kinds
-        raise ValueError(f"{name} is neither a file here nor a data set on the hub that can be read: {problem}") from problem
+        raise ValueError(f"dataset_name {name} is no file here, and the hub does not give it ({problem}): it is {SOURCES}") from problem
     return iter(found)
 
 
+def _files(folder: Path, split: str) -> list[Path]:
+    """The folder's files; only those of the split where a file's name, or its folder's, says which one it is of."""
+    files = sorted(file for suffix in SUFFIXES for file in folder.rglob(f"[!.]*{suffix}"))
+    if not files:
+        raise ValueError(f"{folder} holds no {', '.join(SUFFIXES)} file: give {SOURCES}")
+    names = [file.relative_to(folder).as_posix() for file in files]
+    if not any(re.search(rf"(?<![a-z])({SPLITS})(?![a-z])", name) for name in names):
+        return files
+    of_split = re.compile(rf"(?<![a-z]){re.escape(split)}(?![a-z])")
+    chosen = [file for file, name in zip(files, names, strict=True) if of_split.search(name)]
+    if not chosen:
+        raise ValueError(f"{folder} has no file of split {split!r}: set dataset_train_split; it has {', '.join(names[:8])}")
+    return chosen
+
+
 def _file(path: Path) -> Iterator[Row]:
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path} is no {', '.join(SUFFIXES)} file: convert it to one of these")
     if path.suffix == ".parquet":
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -276,44 +291,28 @@ def _file(path: Path) -> Iterator[Row]:
             for batch in pq.ParquetFile(path).iter_batches(CHUNK):
                 yield from batch.to_pylist()
         except pa.ArrowInvalid as problem:
-            raise ValueError(f"{path} is no Parquet file: {problem}") from problem
+            raise ValueError(f"{path} is no whole Parquet file ({problem}): write it again") from problem
         return
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"{path} is a {path.suffix or 'file without suffix'}: it can be {', '.join(SUFFIXES)}")
     with path.open("rb") as file:
         start = file.read(1 << 16).removeprefix(codecs.BOM_UTF8).lstrip()
-    if path.suffix == ".json" and start[:1] == b"[":  # one array instead of lines
-        whole = _parsed(path.read_bytes().removeprefix(codecs.BOM_UTF8), str(path))
-        yield from whole
-        return
-    with path.open("rb") as file:
+        file.seek(0)
+        if path.suffix == ".json" and start.startswith(b"["):  # one array instead of lines
+            yield from _parsed(file.read(), str(path))
+            return
         for number, line in enumerate(file, 1):
-            text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-            if not text.strip():
-                continue
-            row = _parsed(text, f"{path}, line {number}")
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number} is {row!r:.80}: each line must be a JSON object")
-            yield row
+            if line.removeprefix(codecs.BOM_UTF8).strip():
+                where = f"{path}, line {number}"
+                row = _parsed(line, where)
+                if not isinstance(row, dict):
+                    raise ValueError(f"{where} is {row!r:.80}: every line must be a JSON object, {{column: value}}")
+                yield row
 
 
 def _parsed(text: bytes, where: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text.decode("utf-8-sig"))
     except UnicodeDecodeError as problem:
-        raise ValueError(f"{where} is not UTF-8: {problem}") from problem
+        raise ValueError(f"{where} is not UTF-8 ({problem.reason}): save it as UTF-8") from problem
     except json.JSONDecodeError as problem:
-        raise ValueError(f"{where} is not JSON ({problem.msg} at column {problem.colno}): {text[:60]!r}") from problem
-
-
-def _slice(split: str) -> tuple[str, int | None, int | None]:
-    """``train[10:20]`` as its name and row numbers."""
-    match = re.fullmatch(r"([\w.-]+)(?:\[(\d*):(\d*)\])?", split)
-    if match is None:
-        raise ValueError(f"dataset_train_split is {split!r}: write a name, or train[:1000]")
-    name, first, last = match.groups()
-    return name, int(first) if first else None, int(last) if last else None
-
-
-def _counts(dropped: Mapping[str, Sequence[int]]) -> str:
-    return ", ".join(f"{len(numbers):,} {reason}" for reason, numbers in dropped.items())
+        place = f"{problem.msg}, line {problem.lineno} column {problem.colno} of it"
+        raise ValueError(f"{where} is not JSON ({place}): repair it, a line holds one whole object") from problem

@@ -53,9 +53,10 @@ def adopt(model: Any, device: torch.device) -> Any:
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer; ValueError where there is none."""
+    where = _found(config)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            _found(config), revision=config.model_revision, trust_remote_code=config.trust_remote_code
+            where, revision=config.model_revision, trust_remote_code=config.trust_remote_code
         )
     except (OSError, ValueError) as problem:
         raise ValueError(f"{config.model_name_or_path} has no tokenizer that can be read: {problem}") from problem
@@ -64,8 +65,9 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 def generation_ends(config: ModelConfig) -> list[int]:
     """The ids that the model's generation config ends at; none where it has no such file."""
+    where = _found(config)
     try:
-        ends = GenerationConfig.from_pretrained(_found(config), revision=config.model_revision).eos_token_id
+        ends = GenerationConfig.from_pretrained(where, revision=config.model_revision).eos_token_id
     except OSError:
         return []
     return [] if ends is None else list(ends) if isinstance(ends, list) else [ends]
@@ -173,9 +175,10 @@ def _found(config: ModelConfig) -> str:
 
 
 def _config(config: ModelConfig) -> transformers.PretrainedConfig:
+    where = _found(config)
     try:
         found: transformers.PretrainedConfig = AutoConfig.from_pretrained(
-            _found(config), revision=config.model_revision, trust_remote_code=config.trust_remote_code
+            where, revision=config.model_revision, trust_remote_code=config.trust_remote_code
         )
     except (OSError, ValueError) as problem:
         raise ValueError(f"{config.model_name_or_path} cannot be read as a model: {problem}") from problem

@@ -1,0 +1,32 @@
+"""Recipes: YAML files of flat keys, one for each published setting and for the demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sparring.config import nearest
+
+HERE = Path(__file__).parent
+FOLDERS = (HERE / "recipes", HERE.parents[1] / "recipes")  # in a wheel, in a checkout
+
+
+def read_recipe(name: str | Path) -> dict[str, Any]:
+    """The keys of a recipe, its ``method`` line included: a YAML file, or the name of one that comes with Sparring.
+
+    Raises ValueError where there is none of that name, or where it is no list of ``key: value`` lines.
+    """
+    shipped = [folder / f"{Path(name).stem}.yaml" for folder in FOLDERS]
+    file = next((path for path in (Path(name), *shipped) if path.is_file()), None)
+    if file is None:
+        names = sorted({path.stem for folder in FOLDERS for path in folder.glob("*.yaml")})
+        raise ValueError(f"no recipe {name}{nearest(str(name), names)} (a YAML file, or one of {', '.join(names)})")
+    try:
+        keys = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as problem:
+        raise ValueError(f"{file} is not YAML: {problem}") from problem
+    if not isinstance(keys, dict):
+        raise ValueError(f"{file} holds no keys: a recipe is a list of `key: value` lines")
+    return keys

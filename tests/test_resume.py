@@ -1,0 +1,175 @@
+"""A run that was killed and resumed equals the run that never stopped, to the bit."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from toyrun import toy_folder, write_pairs, write_rows
+
+from sparring import checkpoint
+from sparring.run import resume, train
+
+COMMON = {
+    "max_length": 96,
+    "max_prompt_length": 48,
+    "per_device_train_batch_size": 4,
+    "learning_rate": "1e-3",
+    "max_steps": 24,
+    "save_steps": 4,
+    "monitor_steps": 6,
+}
+METHODS = {
+    "sapo": {"segment_tokens": 8, "ema_every": 2, "reference_every": 5, "buffer_size": 20, "generate_ahead": 3},
+    "dpo": {"beta": 0.1},
+}
+
+
+def command(name: str, model: Path, data: Path, out: Path) -> list[str]:
+    keys = {**COMMON, **METHODS[name], "model_name_or_path": model, "dataset_name": data, "output_dir": out}
+    return [sys.executable, "-m", "sparring", name, *(word for k, v in keys.items() for word in (f"--{k}", str(v)))]
+
+
+def state(folder: Path) -> dict[str, bytes]:
+    """What must be identical: the result, the last checkpoint (weights, EMA, reference, optimizer, counters), metrics, rounds."""
+    files = [
+        *folder.glob("model*/*.safetensors"),
+        *checkpoint.found(folder / "checkpoints")[-1].iterdir(),
+        *folder.glob("rounds/*/*"),
+        folder / "metrics.jsonl",
+    ]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+def kill_and_resume(name: str, inputs: tuple[Path, Path], folder: Path, rng: random.Random, kills: int) -> int:
+    """Start a run, kill it ``kills`` times at random moments of its progress, resume each time; how many kills struck."""
+    struck = 0
+    words = command(name, *inputs, folder)
+    for attempt in range(kills + 1):
+        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        if attempt < kills:
+            _wait_for_progress(process, folder, rng)
+            process.send_signal(signal.SIGKILL)
+            struck += process.wait() == -signal.SIGKILL
+        else:
+            assert process.wait(timeout=300) == 0
+        if (folder / "config.yaml").exists():
+            words = [sys.executable, "-m", "sparring", "resume", str(folder)]
+        elif folder.exists():
+            shutil.rmtree(folder)
+    return struck
+
+
+def _wait_for_progress(process: "subprocess.Popen[bytes]", folder: Path, rng: random.Random) -> None:
+    """Until the run has made some more updates, and then a random moment."""
+    metrics = folder / "metrics.jsonl"
+    size = metrics.stat().st_size if metrics.exists() else 0
+    wanted = size + rng.randint(1, 4000)
+    until = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < until:
+        if metrics.exists() and (metrics.stat().st_size >= wanted or metrics.stat().st_size < size):
+            break
+        time.sleep(0.002)
+    time.sleep(rng.random() * 0.05)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    folder = tmp_path_factory.mktemp("inputs")
+    model = toy_folder(folder / "model")
+    return {
+        "sapo": (model, write_rows(folder / "rows.jsonl", 40)),
+        "dpo": (model, write_pairs(folder / "pairs.jsonl", 40)),
+    }
+
+
+def unbroken(name: str, inputs: tuple[Path, Path], folder: Path) -> dict[str, bytes]:
+    subprocess.run(command(name, *inputs, folder), check=True, capture_output=True)
+    return state(folder)
+
+
+def assert_same(mine: dict[str, bytes], theirs: dict[str, bytes]) -> None:
+    assert mine.keys() == theirs.keys()
+    assert [name for name in mine if mine[name] != theirs[name]] == []
+
+
+def test_sapo_killed_three_times_ends_as_if_never_stopped(inputs: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    expected = unbroken("sapo", inputs["sapo"], tmp_path / "whole")
+    struck = kill_and_resume("sapo", inputs["sapo"], tmp_path / "broken", random.Random(7), 3)
+    assert struck >= 2
+    assert_same(state(tmp_path / "broken"), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_ten_kills_of_each_method_leave_no_trace(
+    name: str, inputs: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    expected = unbroken(name, inputs[name], tmp_path / "whole")
+    rng, struck = random.Random(f"soak {name}"), 0
+    for attempt in range(4):
+        struck += kill_and_resume(name, inputs[name], tmp_path / f"broken{attempt}", rng, 4)
+        assert_same(state(tmp_path / f"broken{attempt}"), expected)
+    assert struck >= 10
+
+
+def test_sigterm_finishes_the_update_saves_and_exits_0(inputs: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    expected = unbroken("dpo", inputs["dpo"], tmp_path / "whole")
+    process = subprocess.Popen(command("dpo", *inputs["dpo"], tmp_path / "run"), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not (tmp_path / "run" / "metrics.jsonl").exists() or len(_lines(tmp_path / "run")) < 3:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert b"sparring resume" in out
+    steps = [line["step"] for line in _lines(tmp_path / "run") if "loss" in line]
+    saved = checkpoint.found(tmp_path / "run" / "checkpoints")[-1]
+    assert int(saved.name) == steps[-1] < 24
+    assert resume(tmp_path / "run", quiet=True).state == "finished"
+    assert_same(state(tmp_path / "run"), expected)
+
+
+def test_a_full_disk_while_a_checkpoint_is_written_is_said_and_earlier_ones_stay_whole(
+    inputs: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    words = command("dpo", *inputs["dpo"], tmp_path / "run")
+    # Files of this process may grow to 90 kB: records and metrics fit, the weights do not.
+    limited = f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (90000, 90000)); sys.argv[1:] = {words[3:]!r}; " \
+        "from sparring.cli import main; sys.exit(main())"
+    done = subprocess.run([sys.executable, "-c", limited], capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "could not be written" in done.stderr
+    assert "is the disk full?" in done.stderr
+    assert "sparring resume" in done.stderr
+    assert checkpoint.found(tmp_path / "run" / "checkpoints") == []
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
+    assert resume(tmp_path / "run", quiet=True).state == "finished"
+    expected = unbroken("dpo", inputs["dpo"], tmp_path / "whole")
+    assert_same(state(tmp_path / "run"), expected)
+
+
+def test_only_the_last_checkpoints_are_kept_and_no_pickle_is_among_them(
+    inputs: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    model, data = inputs["dpo"]
+    from sparring.methods.offline import DPO
+
+    run = train(DPO, model_name_or_path=model, dataset_name=data, output_dir=tmp_path / "run", quiet=True, **COMMON)
+    names = [path.name for path in checkpoint.found(run.folder / "checkpoints")]
+    assert names == ["000016", "000020"]
+    kinds = {file.suffix for file in (run.folder / "checkpoints").rglob("*") if file.is_file()}
+    assert kinds == {".safetensors", ".parquet", ".json"}
+
+
+def _lines(folder: Path) -> list[dict[str, float]]:
+    text = (folder / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+os.environ.setdefault("PYTHONPATH", str(Path(__file__).parents[1] / "src"))  # for the subprocesses, where it is not installed
