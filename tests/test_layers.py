@@ -11,9 +11,10 @@ LAYERS = """
     losses pairing config data.chat
     data
     model methods.base buffer recipes
-    methods actors judges learner checkpoint journal monitor card progress
+    methods actors judges learner checkpoint journal monitor card progress interrupt
     evaluate probe
     loop
+    session
     run
     report annotate demo __init__
     cli

@@ -121,7 +121,9 @@ def test_ten_kills_of_each_method_leave_no_trace(
 
 def test_sigterm_finishes_the_update_saves_and_exits_0(inputs: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
     expected = unbroken("dpo", inputs["dpo"], tmp_path / "whole")
-    process = subprocess.Popen(command("dpo", *inputs["dpo"], tmp_path / "run"), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command("dpo", *inputs["dpo"], tmp_path / "run"), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     while not (tmp_path / "run" / "metrics.jsonl").exists() or len(_lines(tmp_path / "run")) < 3:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
@@ -140,8 +142,10 @@ def test_a_full_disk_while_a_checkpoint_is_written_is_said_and_earlier_ones_stay
 ) -> None:
     words = command("dpo", *inputs["dpo"], tmp_path / "run")
     # Files of this process may grow to 90 kB: records and metrics fit, the weights do not.
-    limited = f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (90000, 90000)); sys.argv[1:] = {words[3:]!r}; " \
+    limited = (
+        f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (90000, 90000)); sys.argv[1:] = {words[3:]!r}; "
         "from sparring.cli import main; sys.exit(main())"
+    )
     done = subprocess.run([sys.executable, "-c", limited], capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     assert "could not be written" in done.stderr
@@ -172,4 +176,6 @@ def _lines(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
-os.environ.setdefault("PYTHONPATH", str(Path(__file__).parents[1] / "src"))  # for the subprocesses, where it is not installed
+os.environ.setdefault(
+    "PYTHONPATH", str(Path(__file__).parents[1] / "src")
+)  # for the subprocesses, where it is not installed

@@ -7,7 +7,7 @@ from typing import Any
 
 from sparring.model.create import InitModel, init_model
 
-NUMBERS = "one two three four five six seven eight nine ten eleven twelve".split()
+NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 
 
 def counting(count: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -18,7 +18,9 @@ def counting(count: int, seed: int = 0) -> list[dict[str, Any]]:
         last = rng.randint(4, len(NUMBERS))
         right = " ".join(NUMBERS[:last])
         wrong = " ".join(NUMBERS[1 : last - 1])
-        rows.append({"prompt": f"count to {NUMBERS[last - 1]}", "completion": right, "chosen": right, "rejected": wrong})
+        rows.append(
+            {"prompt": f"count to {NUMBERS[last - 1]}", "completion": right, "chosen": right, "rejected": wrong}
+        )
     return rows
 
 
@@ -37,7 +39,9 @@ def write_rows(path: Path, count: int) -> Path:
 
 def write_pairs(path: Path, count: int) -> Path:
     """A JSONL file of prompts with chosen and rejected."""
-    return write_lines(path, [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in counting(count)])
+    return write_lines(
+        path, [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in counting(count)]
+    )
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:

@@ -7,7 +7,8 @@ if TYPE_CHECKING:
     from sparring.methods.offline import DPO, DPOP, IPO, KTO, ORPO, SFT, Hinge, SimPO
     from sparring.methods.sapo import SAPO
     from sparring.records import Pair, Prompt, Response
-    from sparring.run import Run, resume, train
+    from sparring.run import resume, train
+    from sparring.session import Run
 
 __all__ = [
     "DPO",
@@ -30,7 +31,8 @@ PLACES = {  # looked up when first used: `import sparring` costs nothing, and th
     "sparring.methods.offline": ("DPO", "DPOP", "Hinge", "IPO", "KTO", "ORPO", "SFT", "SimPO"),
     "sparring.methods.sapo": ("SAPO",),
     "sparring.records": ("Pair", "Prompt", "Response"),
-    "sparring.run": ("Run", "resume", "train"),
+    "sparring.run": ("resume", "train"),
+    "sparring.session": ("Run",),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,13 +28,17 @@ def save_result(
     """Write weights in ``dtype``, tokenizer with chat template, generation config and card; whole or absent."""
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    weights = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()}
+    weights = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()
+    }
     model.generation_config.eos_token_id = sorted(end_ids)
     model.generation_config.pad_token_id = pad_id
-    kept = model.config.dtype
-    model.config.dtype = dtype
     model.save_pretrained(part, state_dict=weights)
-    model.config.dtype = kept
+    about = json.loads((part / "config.json").read_text())
+    about["dtype"] = str(dtype).removeprefix(
+        "torch."
+    )  # save_pretrained notes the model's own, not that of the weights given
+    (part / "config.json").write_text(json.dumps(about, indent=2) + "\n")
     tokenizer.save_pretrained(part)
     (part / "README.md").write_text(card)
     shutil.rmtree(folder, ignore_errors=True)
@@ -56,8 +61,11 @@ def model_card(config: Config, *, about: Mapping[str, Any], rows: str, figures: 
         "ema": "the EMA of the policy, copied into the reference during training",
         "policy": "the policy itself, copied into the reference during training",
     }[cadence.reference]
+    paper = f"[arXiv {method.paper}](https://arxiv.org/abs/{method.paper})"
     keys = {name: value for name, value in config.flat().items() if value is not None}
-    table = "\n".join(f"| `{name}` | {value:.6g} |" for name, value in figures.items() if isinstance(value, (int, float)))
+    table = "\n".join(
+        f"| `{name}` | {value:.6g} |" for name, value in figures.items() if isinstance(value, (int, float))
+    )
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     return f"""---
 {yaml.safe_dump(head, sort_keys=False).strip()}
@@ -65,7 +73,7 @@ def model_card(config: Config, *, about: Mapping[str, Any], rows: str, figures: 
 
 # {run.run_name or Path(run.output_dir).name}
 
-{what} of a run of **{method.title}** ({method.name}, [arXiv {method.paper}](https://arxiv.org/abs/{method.paper})), made with Sparring.
+{what} of a run of **{method.title}** (`{method.name}`, {paper}), made with Sparring.
 
 - Initialised from: `{start}` (weights `{about["start_fingerprint"]}`)
 - Reference: {reference}
@@ -84,4 +92,3 @@ def model_card(config: Config, *, about: Mapping[str, Any], rows: str, figures: 
 {yaml.safe_dump(keys, sort_keys=False).strip()}
 ```
 """
-

@@ -75,9 +75,7 @@ def save(folder: Path, state: TrainState, *, keep: int, frozen_reference: bool) 
         _sync(folder)
     except (OSError, SafetensorError) as problem:
         shutil.rmtree(part, ignore_errors=True)
-        raise OSError(
-            f"checkpoint {final} could not be written ({problem}); earlier ones are whole"
-        ) from problem
+        raise OSError(f"checkpoint {final} could not be written ({problem}); earlier ones are whole") from problem
     for old in found(folder)[:-keep]:
         shutil.rmtree(old)
     return final

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit code: 0 done, 1 failed or stopped, 2 wrong input."""
     words = list(sys.argv[1:] if argv is None else argv)
     commands: dict[str, tuple[Callable[[list[str]], int], str]] = {
-        **{name: (lambda rest, name=name: _train(name, rest), about) for name, (_, _, about) in METHODS.items()},
+        **{name: (partial(_train, name), about) for name, (_, _, about) in METHODS.items()},
         "demo": (_demo, "Make data, train a tiny model, align it, and print what it gained"),
         "evaluate": (_evaluate, "Held-out likelihood, samples, and a verifier's score of a model"),
         "resume": (_resume, "Continue an interrupted run exactly where it would be"),

@@ -38,7 +38,7 @@ def key(
 ) -> T:
     """A configuration key: a dataclass field with its meaning, unit and the range that :func:`check` holds it to."""
     about = {"help": help, "unit": unit, "above": above, "least": least, "most": most, "below": below}
-    return dataclasses.field(default=default, metadata=about)  # type: ignore[return-value]
+    return dataclasses.field(default=default, metadata=about)
 
 
 @dataclass(frozen=True)
@@ -125,10 +125,15 @@ class MonitorConfig:
         "warn",
         "What an alarm does: warn; stop (saved, status stopped); rollback to the last checkpoint at half the learning rate",
     )
-    monitor_steps: int = key(50, "Updates between measurements of the KL to the start; 0: never", unit="updates", least=0)
+    monitor_steps: int = key(
+        50, "Updates between measurements of the KL to the start; 0: never", unit="updates", least=0
+    )
     max_kl: float = key(1.0, "Alarm: KL from the start to the policy above this", unit="nats per token", above=0)
     max_chosen_drop: float = key(
-        0.5, "Alarm: log-prob of the chosen responses this far under the run's first updates", unit="nats per token", above=0
+        0.5,
+        "Alarm: log-prob of the chosen responses this far under the run's first updates",
+        unit="nats per token",
+        above=0,
     )
     max_length_drift: float = key(
         2.0, "Alarm: generated responses this many times longer or shorter than the run's first ones", above=1
@@ -181,7 +186,8 @@ def resolve(method: type | Any, *layers: Mapping[str, Any], parts: Iterable[str]
     """The configuration that ``layers`` (a recipe's keys, then flags) give on top of the defaults.
 
     ``method`` is a method's class, or an instance whose fields are then the method's base; ``parts`` are those whose keys may be
-    given. Text values are read as the key's type. Raises ValueError for an unknown key (naming the nearest), a value of the wrong type or out of range.
+    given. Text values are read as the key's type. Raises ValueError for an unknown key (naming the nearest), a value of the wrong
+    type or out of range.
     """
     kind = method if isinstance(method, type) else type(method)
     known = keys_of(kind, parts)
@@ -255,7 +261,9 @@ def _read(name: str, value: Any, kind: Any) -> Any:
     if origin is Literal:
         if value in options:
             return value
-        raise ValueError(f"{name} is {value!r}: it must be one of {', '.join(map(str, options))}{nearest(str(value), map(str, options))}")
+        raise ValueError(
+            f"{name} is {value!r}: it must be one of {', '.join(map(str, options))}{nearest(str(value), map(str, options))}"
+        )
     if origin is dict:
         if isinstance(value, Mapping):
             return {str(k): str(v) for k, v in value.items()}

@@ -144,7 +144,9 @@ def tracker(report_to: str, folder: Path, name: str, keys: Mapping[str, Any]) ->
 
             return _WandbLike(wandb, name, keys)
     except ImportError as problem:
-        raise ValueError(f"report_to is {report_to}, which needs an extra: pip install 'sparring[{report_to}]'") from problem
+        raise ValueError(
+            f"report_to is {report_to}, which needs an extra: pip install 'sparring[{report_to}]'"
+        ) from problem
     return NoTracker()
 
 

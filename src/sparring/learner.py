@@ -48,21 +48,19 @@ class Learner:
         Where the loss or the gradient is not finite, the weights stay as they were and ``skipped`` is 1.
         """
         rate = learning_rate(step, self.total_steps, self.config) * rate_scale
-        shared = {
-            "mean_tokens": sum(len(p.chosen.token_ids) for p in pairs) / len(pairs),
-            "kl": self._mismatched_kl(pairs) if self.method.mismatched else torch.zeros((), device=self.device),
-        }
+        mean_tokens = sum(len(p.chosen.token_ids) for p in pairs) / len(pairs)
+        kl = self._mismatched_kl(pairs) if self.method.mismatched else torch.zeros((), device=self.device)
         measured = self.config.term_grad_norm_steps and step % self.config.term_grad_norm_steps == 0
         own_gradients: dict[str, list[Tensor]] = {}
         seen: list[LogProbs] = []
         loss_terms: dict[str, float] = {}
         for batch in micro_batches(pairs, self.config.per_device_train_batch_size):
-            logps = self.log_probs(batch, **shared)
+            logps = self.log_probs(batch, mean_tokens=mean_tokens, kl=kl)
             terms = {name: term.sum() / len(pairs) for name, term in self.method.terms(logps).items()}
             if measured and len(terms) > 1:
                 for name, term in terms.items():
                     _add(own_gradients, name, torch.autograd.grad(term, self.weights, retain_graph=True))
-            sum(terms.values(), torch.zeros((), device=self.device)).backward()  # type: ignore[no-untyped-call]
+            sum(terms.values(), torch.zeros((), device=self.device)).backward()
             for name, term in terms.items():
                 loss_terms[name] = loss_terms.get(name, 0.0) + float(term.detach())
             seen.append(_detached(logps))
@@ -115,7 +113,7 @@ class Learner:
         """The context in which forward passes run: bfloat16 computation over float32 weights, or float32."""
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)  # type: ignore[return-value]
+        return torch.autocast(self.device.type, dtype=self.dtype)
 
     def _sums(self, model: Any, rows: Sequence[Scored]) -> tuple[Tensor, Tensor]:
         """Log-probs summed over each row's scored span and over its whole response."""
@@ -129,7 +127,9 @@ class Learner:
     def _mismatched_kl(self, pairs: Sequence[Pair]) -> Tensor:
         """KTO's z0 before its clamp: mean log-ratio of each prompt with the next pair's chosen response (2402.01306, sec. 4.1)."""
         total = torch.zeros((), device=self.device)
-        others = [(p.prompt_token_ids, q.chosen, q.chosen.whole) for p, q in zip(pairs, [*pairs[1:], pairs[0]], strict=True)]
+        others = [
+            (p.prompt_token_ids, q.chosen, q.chosen.whole) for p, q in zip(pairs, [*pairs[1:], pairs[0]], strict=True)
+        ]
         for start in range(0, len(others), self.config.per_device_train_batch_size):
             rows = others[start : start + self.config.per_device_train_batch_size]
             with self.roles.playing("policy") as policy, self.roles.playing("reference") as reference:
@@ -174,9 +174,12 @@ def _add(gradients: dict[str, list[Tensor]], name: str, more: Sequence[Tensor]) 
 
 
 def _detached(logps: LogProbs) -> LogProbs:
-    return replace(logps, **{f.name: v.detach() for f in fields(logps) if isinstance(v := getattr(logps, f.name), Tensor)})
+    tensors: dict[str, Any] = {name: value for name, value in vars(logps).items() if isinstance(value, Tensor)}
+    return replace(logps, **{name: tensor.detach() for name, tensor in tensors.items()})
 
 
 def _joined(batches: Sequence[LogProbs]) -> LogProbs:
-    per_pair = [f.name for f in fields(LogProbs) if f.name not in ("mean_tokens", "kl")]
-    return replace(batches[0], **{name: torch.cat([getattr(b, name) for b in batches]) for name in per_pair})
+    joined: dict[str, Any] = {}
+    for name in (f.name for f in fields(LogProbs) if f.name not in ("mean_tokens", "kl")):
+        joined[name] = torch.cat([getattr(batch, name) for batch in batches])
+    return replace(batches[0], **joined)

@@ -65,7 +65,9 @@ def play(
                 barren += 1
                 if barren == BARREN_ROUNDS:
                     reasons = ", ".join(f"{n} {reason}" for reason, n in counted["dropped"].items())
-                    raise ValueError(f"{barren} rounds gave no pair (the last: {reasons}): raise temperature or segment_tokens")
+                    raise ValueError(
+                        f"{barren} rounds gave no pair (the last: {reasons}): raise temperature or segment_tokens"
+                    )
                 now.round += 1
                 continue
         barren = 0
@@ -86,7 +88,9 @@ def play(
         now.updates_in_round = 0
 
 
-def _prepare(state: TrainState, method: Method, cadence: Cadence, context: Context, prompts: Sequence[Prompt]) -> list[Group]:
+def _prepare(
+    state: TrainState, method: Method, cadence: Cadence, context: Context, prompts: Sequence[Prompt]
+) -> list[Group]:
     """Respond, judge and pair for the coming ``generate_ahead`` rounds; their pairs wait in ``state.ahead``."""
     now = state.counters
     count = cadence.prompts_per_round or len(prompts)

@@ -27,7 +27,9 @@ class Monitor:
         """
         all_pairs = pairs + sum(dropped.values())
         metrics = {"pairs/new": float(pairs), "pairs/dropped": 1 - pairs / all_pairs if all_pairs else 0.0}
-        metrics |= {f"pairs/dropped_{reason.replace(' ', '_')}": float(count) for reason, count in sorted(dropped.items())}
+        metrics |= {
+            f"pairs/dropped_{reason.replace(' ', '_')}": float(count) for reason, count in sorted(dropped.items())
+        }
         if lengths:
             first = self.memory.setdefault("first_lengths", [])
             first += lengths[: FIRST_RESPONSES - len(first)]
@@ -62,7 +64,10 @@ class Monitor:
                 config.max_length_drift,
                 "generated responses are {value:.3g} times longer or shorter than at first (max_length_drift {limit:g})",
             ),
-            "pairs/dropped": (config.max_dropped, "{value:.0%} of the round's pairs are equal or empty (max_dropped {limit:.0%})"),
+            "pairs/dropped": (
+                config.max_dropped,
+                "{value:.0%} of the round's pairs are equal or empty (max_dropped {limit:.0%})",
+            ),
             "skipped": (0.5, "loss or gradient is not finite; the update was skipped"),
         }
         sounding = self.memory.setdefault("sounding", [])

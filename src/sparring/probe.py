@@ -29,13 +29,20 @@ class Probe:
         """Let the start answer a few prompts at temperature 1; a resumed run reads what its start wrote."""
         if self.file.exists():
             return
-        chosen = [prompts[i] for i in self.context.seeds.random("probe").sample(range(len(prompts)), min(PROMPTS, len(prompts)))]
+        chosen = [
+            prompts[i]
+            for i in self.context.seeds.random("probe").sample(range(len(prompts)), min(PROMPTS, len(prompts)))
+        ]
         requests = [
-            Request(p.token_ids, min(TOKENS, self.context.max_length - len(p.token_ids)), self.context.seeds("probe", place))
+            Request(
+                p.token_ids, min(TOKENS, self.context.max_length - len(p.token_ids)), self.context.seeds("probe", place)
+            )
             for place, p in enumerate(chosen)
         ]
         written = self.context.writers["policy"].write(requests, Sampling())
-        rows = [{"prompt": list(p.token_ids), "response": list(w.token_ids)} for p, w in zip(chosen, written, strict=True)]
+        rows = [
+            {"prompt": list(p.token_ids), "response": list(w.token_ids)} for p, w in zip(chosen, written, strict=True)
+        ]
         part = self.file.with_name(self.file.name + ".part")
         part.write_text(json.dumps({"rows": rows, "logps": self._logps(rows).tolist()}))
         part.replace(self.file)

@@ -98,5 +98,6 @@ class _Lines:
         rate = (self.done - self.first) / max(seconds, 1e-9)
         left = (self.total - self.done) / rate if rate else 0.0
         self.console.print(
-            f"{self.name} {self.done}/{self.total}  {rate:.1f} {self.unit}/s  {left:.0f} s left  {self.note}", soft_wrap=True
+            f"{self.name} {self.done}/{self.total}  {rate:.1f} {self.unit}/s  {left:.0f} s left  {self.note}",
+            soft_wrap=True,
         )

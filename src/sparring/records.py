@@ -88,7 +88,9 @@ class Pair:
     chosen_win_rate: float = 1.0  # share of the group's comparisons won
     rejected_win_rate: float = 0.0
     round: int = 0  # the round whose pair this is
-    written_at: int = 0  # optimizer updates behind the weights that generated it; staleness is the step of use less this
+    written_at: int = (
+        0  # optimizer updates behind the weights that generated it; staleness is the step of use less this
+    )
     serial: int = -1  # its number in the buffer, never used again
 
     @property
@@ -113,7 +115,7 @@ def to_row(record: Any) -> dict[str, Any]:
 def from_row(kind: type[R], row: Mapping[str, Any]) -> R:
     """The record that ``to_row`` wrote; a nested record whose text is None or absent is None."""
     values: dict[str, Any] = {}
-    for name, nested in _parts(kind):
+    for name, nested in _parts(typing.cast(Any, kind)):
         if nested is not None:
             cells = {f.name: row.get(column(name, f.name)) for f in dataclasses.fields(nested)}
             values[name] = None if cells["text"] is None else from_row(nested, cells)
@@ -125,7 +127,7 @@ def from_row(kind: type[R], row: Mapping[str, Any]) -> R:
 
 
 @functools.cache
-def _parts(kind: type) -> list[tuple[str, type | None]]:
+def _parts(kind: Any) -> list[tuple[str, Any]]:
     """Each field's name, and the record type it holds where it holds one."""
     hints = typing.get_type_hints(kind)
     found = []

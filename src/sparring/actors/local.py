@@ -62,7 +62,9 @@ class LocalWriter:
     def _batch(self, model: Any, requests: Sequence[Request], sampling: Sampling) -> list[Writing]:
         device = next(model.parameters()).device
         longest = max(request.max_new_tokens for request in requests)
-        draws = torch.from_numpy(np.stack([np.random.Generator(np.random.Philox(r.seed)).random(longest) for r in requests]))
+        draws = torch.from_numpy(
+            np.stack([np.random.Generator(np.random.Philox(r.seed)).random(longest) for r in requests])
+        )
         draws = draws.to(device)
         ids, mask = self._padded([request.token_ids for request in requests], device)
         ends = torch.tensor(sorted(self.end_ids), device=device)
@@ -73,14 +75,18 @@ class LocalWriter:
         cache = DynamicCache(config=model.config)
         inputs, positions = ids, (mask.cumsum(1) - 1).clamp(min=0)
         for step in range(longest):
-            logits = model(
-                input_ids=inputs,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1].float()
+            logits = (
+                model(
+                    input_ids=inputs,
+                    attention_mask=mask,
+                    position_ids=positions,
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
+                .logits[:, -1]
+                .float()
+            )
             token = choose(logits, draws[rows, step], sampling)
             out[rows, step] = token
             going = ~torch.isin(token, ends) & (limits[rows] > step + 1)

@@ -60,7 +60,13 @@ class HeldOut:
 
 
 def evaluate(
-    model: Any, chat: Chat, prompts: Sequence[Prompt], settings: Evaluate, verify: Verifier | None, *, batch_size: int = 64,
+    model: Any,
+    chat: Chat,
+    prompts: Sequence[Prompt],
+    settings: Evaluate,
+    verify: Verifier | None,
+    *,
+    batch_size: int = 64,
     tick: Callable[[int], None] = lambda rows: None,
 ) -> HeldOut:
     """Evaluate ``model`` on ``prompts``; ``tick`` is told of rows as they are done, three times the prompts in all."""
@@ -94,7 +100,9 @@ def evaluate(
         return HeldOut(nll, answers(sampling), answers(GREEDY))
 
 
-def load_and_evaluate(config: Config, prompts: Sequence[Prompt], chat: Chat, verify: Verifier | None, **options: Any) -> HeldOut:
+def load_and_evaluate(
+    config: Config, prompts: Sequence[Prompt], chat: Chat, verify: Verifier | None, **options: Any
+) -> HeldOut:
     """Evaluate the model that ``config`` names."""
     model = policy.load_model(config.model, policy.pick_device(config.model.device))
     policy.check_vocabulary(chat.tokenizer, model)

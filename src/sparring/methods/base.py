@@ -77,7 +77,9 @@ class Cadence:
     updates_per_round: int | None = None  # None: the one round has all updates
     generate_ahead: int = 1  # rounds whose responses are generated together
     buffer_size: int | None = None  # pairs that stay; None: all; 0: the round's own
-    draw: Literal["replay", "epochs"] = "epochs"  # replay: weight 1/(times drawn + 1); epochs: each once before any twice
+    draw: Literal["replay", "epochs"] = (
+        "epochs"  # replay: weight 1/(times drawn + 1); epochs: each once before any twice
+    )
     ema_decay: float = 0.0  # 0: there is no EMA, and its role falls to the policy
     ema_every: int = 1
     reference: Literal["none", "initial", "ema", "policy"] = "initial"  # what the reference is copied from
@@ -151,7 +153,9 @@ class Preference(Method):
     beta: float | None = key(0.1, "Strength of the preference term", above=0)
     preference_weight: float = key(1.0, "Weight of the preference term", least=0)
     nll_weight: float | None = key(
-        None, "Weight of the chosen response's token-mean NLL; none: the method's own, 1 with an odds ratio, else 0", least=0
+        None,
+        "Weight of the chosen response's token-mean NLL; none: the method's own, 1 with an odds ratio, else 0",
+        least=0,
     )
 
     @abstractmethod

@@ -87,7 +87,9 @@ class DPO(Offline):
 
     def preference(self, logps: LogProbs) -> Tensor:
         """-logsigmoid(beta (log-ratio of chosen less that of rejected)), eq. 7."""
-        return losses.dpo(logps.chosen_ratio, logps.rejected_ratio, beta=self.strength, label_smoothing=self.label_smoothing)
+        return losses.dpo(
+            logps.chosen_ratio, logps.rejected_ratio, beta=self.strength, label_smoothing=self.label_smoothing
+        )
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,9 @@ class SAPO(Preference):
     defaults: ClassVar[Mapping[str, Any]] = {"learning_rate": 5e-7, "optim": "rmsprop", "num_train_epochs": 4.0}
 
     loss_type: Literal["dpo", "hinge", "orpo"] = key("dpo", "Preference term; orpo needs no reference and adds the NLL")
-    beta: float | None = key(None, "Strength of the preference term; none: 0.1 for dpo and hinge, 0.05 (lambda) for orpo", above=0)
+    beta: float | None = key(
+        None, "Strength of the preference term; none: 0.1 for dpo and hinge, 0.05 (lambda) for orpo", above=0
+    )
     odds_floor: float = key(0.0, "orpo: floor on |mean log-prob|, which bounds its gradient", unit="nats", least=0)
     segment_tokens: int = key(256, "Length of the rewritten segment B", unit="tokens", least=1)
     regenerate: Literal["segment", "rest", "response"] = key(
@@ -48,11 +50,15 @@ class SAPO(Preference):
     responses_per_prompt: int = key(1, "Rewritings of each prompt's response in a round", least=1)
     generate_every: int = key(1, "Updates in a round, which rewrites one batch of prompts", unit="updates", least=1)
     generate_ahead: int = key(1, "Rounds generated in one batch: faster, staler", unit="rounds", least=1)
-    buffer_size: int = key(2000, "Pairs kept for replay, oldest out first; 0: only the round's own", unit="pairs", least=0)
+    buffer_size: int = key(
+        2000, "Pairs kept for replay, oldest out first; 0: only the round's own", unit="pairs", least=0
+    )
     ema_decay: float = key(0.5, "b in ema <- (1-b) policy + b ema; 0: no EMA, the policy writes", least=0, below=1)
     ema_every: int = key(2, "Updates between two steps of the EMA", unit="updates", least=1)
     reference: Literal["ema", "policy", "initial"] = key("ema", "What the reference is copied from; initial: frozen")
-    reference_every: int | None = key(None, "Updates between copies to the reference; none: an epoch", unit="updates", least=1)
+    reference_every: int | None = key(
+        None, "Updates between copies to the reference; none: an epoch", unit="updates", least=1
+    )
     temperature: float = key(0.7, "Sampling temperature of the rewriting; 0: greedy", least=0)
     top_p: float = key(0.95, "Nucleus of the rewriting", above=0, most=1)
     top_k: int = key(50, "Likeliest tokens the rewriting draws from; 0: all", unit="tokens", least=0)
@@ -78,7 +84,9 @@ class SAPO(Preference):
         for number, prompt in enumerate(prompts, start=visit):
             assert prompt.human is not None
             for repeat in range(self.responses_per_prompt):
-                start, stop = self.draw_segment(len(prompt.human.token_ids), context.seeds.random("segment", number, repeat))
+                start, stop = self.draw_segment(
+                    len(prompt.human.token_ids), context.seeds.random("segment", number, repeat)
+                )
                 before = prompt.token_ids + prompt.human.token_ids[:start]
                 room = stop - start if self.regenerate == "segment" else context.max_length - len(before)
                 request = Request(before, room, context.seeds("generate", number, repeat))

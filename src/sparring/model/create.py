@@ -24,7 +24,9 @@ class InitModel:
 
     name = "init-model"
     output_dir: str = key("", "Folder of the new model; must be new or empty")
-    vocab_size: int = key(4096, "Tokens in the vocabulary, 256 bytes and 3 special ones among them", unit="tokens", least=300)
+    vocab_size: int = key(
+        4096, "Tokens in the vocabulary, 256 bytes and 3 special ones among them", unit="tokens", least=300
+    )
     hidden_size: int = key(256, "Width", least=8)
     num_layers: int = key(4, "Layers", least=1)
     num_heads: int = key(4, "Attention heads", least=1)
@@ -42,8 +44,8 @@ def init_model(shape: InitModel, texts: Iterable[str]) -> Path:
     """Train the tokenizer on ``texts``, draw the weights, and save an ordinary Hugging Face folder.
 
     Byte-level BPE, so that any text survives the round trip; digits stand alone, so that numbers can be calculated with. The chat
-    template is ChatML. The same seed and texts give the same bytes. Raises ValueError where there is no text, where the heads do not
-    divide the width, or where the folder is taken.
+    template is ChatML. The same seed and texts give the same bytes. Raises ValueError where there is no text, where the heads do
+    not divide the width, or where the folder is taken.
     """
     folder = Path(shape.output_dir)
     if not shape.output_dir:
@@ -64,7 +66,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     core = Tokenizer(models.BPE())
     split = r"\p{N}| ?[^\s\p{L}\p{N}]+| ?\p{L}+|\s+"
     core.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(split), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(split), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     core.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -74,17 +79,25 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     roles = [f"{role}\n" for role in ("system", "user", "assistant")] * 1000
     core.train_from_iterator(
         _chain(seen, roles),
-        trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=marks, initial_alphabet=alphabet, show_progress=False),
+        trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=marks, initial_alphabet=alphabet, show_progress=False
+        ),
     )
     if not seen.characters:
         raise ValueError("the data set has no text to train a tokenizer on")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token=PAD, eos_token=END, additional_special_tokens=[START])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token=PAD, eos_token=END, additional_special_tokens=[START]
+    )
     tokenizer.chat_template = CHATML
     return tokenizer
 
 
 def _random_llama(shape: InitModel, tokenizer: PreTrainedTokenizerFast) -> Any:
-    ids: dict[str, Any] = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    ids: dict[str, Any] = {
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=shape.hidden_size,

@@ -18,9 +18,11 @@ def token_logps(model: Any, layout: Layout) -> Tensor:
     first = int(layout.prompt_lengths.min()) - 1
     ids = layout.input_ids
     kept = ids.shape[1] - first
-    logits = model(
-        input_ids=ids, attention_mask=layout.attention_mask, use_cache=False, logits_to_keep=kept
-    ).logits[:, :-1].float()
+    logits = (
+        model(input_ids=ids, attention_mask=layout.attention_mask, use_cache=False, logits_to_keep=kept)
+        .logits[:, :-1]
+        .float()
+    )
     targets = ids[:, first + 1 :]
     logps = torch.gather(logits, 2, targets[..., None]).squeeze(2) - logits.logsumexp(2)
     inside = layout.inside(layout.whole)[:, first:]

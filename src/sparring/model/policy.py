@@ -25,11 +25,7 @@ Role = Literal["policy", "ema", "reference"]
 def load_model(config: ModelConfig, device: torch.device) -> Any:
     """The starting model with float32 weights on ``device``; ValueError where it cannot be one, before weights are read."""
     where = _found(config)
-    about = _config(config)
-    kinds = about.architectures or []
-    if about.is_encoder_decoder or (about.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not hasattr(about, "auto_map")):
-        kind = kinds[0] if kinds else about.model_type
-        raise ValueError(f"{config.model_name_or_path} is a {kind}, which is no causal language model: give one, as Llama or Qwen are")
+    check_causal(config)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             where,
@@ -43,7 +39,25 @@ def load_model(config: ModelConfig, device: torch.device) -> Any:
         raise ValueError(
             f"{config.model_name_or_path} has no weights in safetensors ({problem}): convert them; pickled weights are never read"
         ) from problem
-    return without_dropout(model.to(device))
+    placed: Any = model
+    return without_dropout(placed.to(device))
+
+
+def check_causal(config: ModelConfig) -> None:
+    """Raise ValueError where the model's own configuration says that it is no causal language model."""
+    about = _config(config)
+    kinds = set(about.architectures or [])
+    causal = {
+        name
+        for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        for name in ([names] if isinstance(names, str) else names)
+    }
+    known = about.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and (not kinds or kinds & causal)
+    if about.is_encoder_decoder or not (known or hasattr(about, "auto_map")):
+        kind = ", ".join(sorted(kinds)) or about.model_type
+        raise ValueError(
+            f"{config.model_name_or_path} is a {kind}, no causal language model: give one, as LlamaForCausalLM is"
+        )
 
 
 def adopt(model: Any, device: torch.device) -> Any:
@@ -151,7 +165,9 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device is {name!r}, but PyTorch {torch.__version__} sees no CUDA device here: use --device cpu")
+        raise ValueError(
+            f"device is {name!r}, but PyTorch {torch.__version__} sees no CUDA device here: use --device cpu"
+        )
     return torch.device(name)
 
 
@@ -167,7 +183,9 @@ def _found(config: ModelConfig) -> str:
     path = Path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ValueError(f"{name} is a folder without config.json, so no model: give the folder that save_pretrained wrote")
+            raise ValueError(
+                f"{name} is a folder without config.json, so no model: give the folder that save_pretrained wrote"
+            )
         return name
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise ValueError(f"no folder {name}: model_name_or_path is a folder, or owner/name on the hub")

@@ -57,7 +57,9 @@ def machine() -> RenderableType:
     table = Table.grid(padding=(0, 2))
     for name, version in versions().items():
         table.add_row(Text(name, "dim"), version)
-    table.add_row(Text("processors", "dim"), f"{os.cpu_count()} ({platform.processor() or platform.machine()}), {_memory()}")
+    table.add_row(
+        Text("processors", "dim"), f"{os.cpu_count()} ({platform.processor() or platform.machine()}), {_memory()}"
+    )
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             about = torch.cuda.get_device_properties(index)
@@ -67,7 +69,10 @@ def machine() -> RenderableType:
         table.add_row(Text("cuda", "dim"), Text("none: training runs on the processor", "yellow"))
     for package, use in OPTIONAL.items():
         there = importlib.util.find_spec(package) is not None
-        table.add_row(Text(package, "dim"), Text("installed" if there else "not installed", "green" if there else "dim") + f"  {use}")
+        table.add_row(
+            Text(package, "dim"),
+            Text("installed" if there else "not installed", "green" if there else "dim") + f"  {use}",
+        )
     free = shutil.disk_usage(".").free / 2**30
     table.add_row(Text("disk", "dim"), Text(f"{free:.0f} GiB free here", "default" if free > 20 else "yellow"))
     hub = "offline" if constants.HF_HUB_OFFLINE else "online"
@@ -85,8 +90,13 @@ def template_report(config: Config) -> RenderableType:
         eos_token_ids=policy.generation_ends(config.model),
     )
     loaded = load(config.data, chat, need="responses")
-    parts: list[RenderableType] = [Text(f"\n{config.data.dataset_name}: {loaded.summary()}", "bold"), _lengths(loaded, config)]
-    legend = Text.assemble("prompt dim, ", ("response", LIGHT), (" tokens", DARK), " shaded by turns, ", ("end of turn", END))
+    parts: list[RenderableType] = [
+        Text(f"\n{config.data.dataset_name}: {loaded.summary()}", "bold"),
+        _lengths(loaded, config),
+    ]
+    legend = Text.assemble(
+        "prompt dim, ", ("response", LIGHT), (" tokens", DARK), " shaded by turns, ", ("end of turn", END)
+    )
     parts.append(Padding(legend, (1, 0, 0, 0)))
     parts += [Padding(_row(prompt, chat, tokenizer), (1, 0, 0, 0)) for prompt in loaded.prompts[:ROWS]]
     if loaded.warnings:

@@ -53,7 +53,9 @@ def evaluation_view(name: str, result: HeldOut, show: int) -> RenderableType:
         table.add_row("score of 1", *(_with_interval([float(s.score == 1) for s in side]) for side in sides))
     parts: list[RenderableType] = [Text(name, "bold")]
     if not math.isnan(result.nll):
-        parts.append(Text(f"held-out responses: {result.nll:.4f} nats per token, perplexity {math.exp(result.nll):.3f}"))
+        parts.append(
+            Text(f"held-out responses: {result.nll:.4f} nats per token, perplexity {math.exp(result.nll):.3f}")
+        )
     parts.append(Padding(table, (1, 0)))
     for sample in result.sampled[:show]:
         parts.append(_sample(sample))

@@ -67,7 +67,11 @@ def pairs_view(folder: Path, decode: Decode, *, round: int | None = None, count:
         if pairs:
             break
     header = Text.assemble(
-        (f"{folder}", "bold"), f"  round {number}  {len(pairs)} pairs   ", ("replaced", HUMAN), "  ", ("regenerated", REGENERATED)
+        (f"{folder}", "bold"),
+        f"  round {number}  {len(pairs)} pairs   ",
+        ("replaced", HUMAN),
+        "  ",
+        ("regenerated", REGENERATED),
     )
     return Group(header, *(_pair(pair, decode) for pair in pairs[:count]))
 
@@ -97,9 +101,15 @@ def status_view(folder: Path) -> RenderableType:
     state, remedy = _state(folder, status)
     table = Table.grid(padding=(0, 2))
     table.add_row(Text("method", FAINT), METHODS[keys["method"]][2])
-    table.add_row(Text("state", FAINT), Text.assemble((state, _colour(state)), f"  {safe(status.get('message', ''))}{remedy}"))
+    table.add_row(
+        Text("state", FAINT), Text.assemble((state, _colour(state)), f"  {safe(status.get('message', ''))}{remedy}")
+    )
     bar = Table.grid(padding=(0, 2))
-    bar.add_row(ProgressBar(total=max(total, 1), completed=step, width=30), f"{step} of {total} updates", _pace(folder, step, total))
+    bar.add_row(
+        ProgressBar(total=max(total, 1), completed=step, width=30),
+        f"{step} of {total} updates",
+        _pace(folder, step, total),
+    )
     table.add_row(Text("progress", FAINT), bar)
     saved = ", ".join(path.name for path in found(journal.checkpoints)) or "none yet"
     table.add_row(Text("checkpoints", FAINT), saved)

@@ -1,0 +1,302 @@
+"""A run's parts in memory: assembled from its configuration, restored from its checkpoint, played to its end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparring import checkpoint
+from sparring.actors.local import LocalWriter
+from sparring.buffer import Buffer
+from sparring.card import model_card, save_result
+from sparring.checkpoint import TrainState
+from sparring.config import Config
+from sparring.data.chat import Chat
+from sparring.data.datasets import Loaded, load
+from sparring.interrupt import asked_to_stop
+from sparring.journal import Journal, read_lines, tracker
+from sparring.learner import Learner
+from sparring.loop import Round, Update, play
+from sparring.methods.base import Context, Method
+from sparring.model import policy
+from sparring.monitor import Monitor
+from sparring.probe import Probe
+from sparring.progress import Bars, Tick
+from sparring.records import Prompt
+from sparring.seeds import Seeds
+
+ROLLBACKS = 3  # after so many a run stops: what halving the learning rate did not mend, it will not
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder, and what came of it."""
+
+    folder: Path
+    state: str  # finished, stopped or interrupted
+    message: str = ""
+
+    @property
+    def model(self) -> Path:
+        """The resulting Hugging Face folder."""
+        return self.folder / "model"
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl that stand for updates."""
+        return [line for line in read_lines(self.folder / "metrics.jsonl") if "loss" in line]
+
+
+class Session:
+    """A run's parts in memory, assembled from its configuration."""
+
+    def __init__(
+        self,
+        config: Config,
+        journal: Journal,
+        bars: Bars,
+        *,
+        model: Any = None,
+        tokenizer: Any = None,
+        rows: Any = None,
+    ) -> None:
+        """Read data, then the model; every fault in them is found here."""
+        self.config, self.journal, self.bars = config, journal, bars
+        self.method: Method = config.method
+        device = policy.pick_device(config.model.device)
+        if model is None:
+            policy.check_causal(config.model)
+        tokenizer = tokenizer or policy.load_tokenizer(config.model)
+        ends = policy.generation_ends(config.model) if model is None else _ends(model)
+        self.chat = Chat(
+            tokenizer,
+            apply_chat_template=config.model.apply_chat_template,
+            chat_template_path=config.model.chat_template_path,
+            eos_token_ids=ends,
+        )
+        self.loaded: Loaded = load(config.data, self.chat, need=self.method.needs, rows=rows)
+        self.prompts: Sequence[Prompt] = self.loaded.prompts
+        self.dtype_shipped = policy.shipped_dtype(config.model) if model is None else model.dtype
+        start = policy.load_model(config.model, device) if model is None else policy.adopt(model, device)
+        policy.check_vocabulary(tokenizer, start)
+        self.max_length = _room(start, self.prompts, config.data.max_length)
+
+        training = config.training
+        self.updates_per_epoch = math.ceil(len(self.prompts) / training.batch_size)
+        wanted = math.ceil(training.num_train_epochs * self.updates_per_epoch)
+        self.total_steps = training.max_steps if training.max_steps > 0 else wanted
+        self.cadence = self.method.cadence(training.batch_size, self.updates_per_epoch)
+        self.about = {"start_fingerprint": policy.fingerprint(start), "data_fingerprint": _digest(self.prompts)}
+        roles = policy.Roles(start, ema_decay=self.cadence.ema_decay, reference=self.cadence.reference != "none")
+        dtype = torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
+        self.learner = Learner(
+            roles, self.method, training, dtype=dtype, pad_id=self.chat.pad_id, total_steps=self.total_steps
+        )
+        buffer = Buffer(self.cadence.buffer_size or None, self.cadence.draw)
+        self.state = TrainState(roles, self.learner.optimizers, buffer)
+        self.monitor = Monitor(config.monitor, self.state.counters.monitor)
+        self.seeds = Seeds(config.run.seed)
+        self.tick: Tick = lambda count, note="": None
+        writers = {"policy": self._writer("policy"), "ema": self._writer("ema")}
+        self.context = Context(writers, self.seeds, self.max_length)
+        self.probe = Probe(self.learner, self.context, self.journal.folder / "probe.json")
+        self.tracker = tracker(
+            config.run.report_to, journal.folder, config.run.run_name or journal.folder.name, config.flat()
+        )
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.tracker.finish()
+
+    def begin(self, model: Any, rows: Any) -> None:
+        """Write the run directory's configuration, and what was given as objects."""
+        self.journal.folder.mkdir(parents=True, exist_ok=True)
+        if model is not None:
+            model.save_pretrained(self.config.model.model_name_or_path)
+            self.chat.tokenizer.save_pretrained(self.config.model.model_name_or_path)
+        if rows is not None:
+            with Path(self.config.data.dataset_name).open("w") as file:
+                file.writelines(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows)
+        self.journal.begin(self.config.flat(), **self.about)
+        for line in (self.loaded.summary(), *self.loaded.warnings):
+            self.bars.say(line, "dim")
+
+    def restore(self) -> None:
+        """Become the last checkpoint, or the start where there is none, and take back what was written after it."""
+        whole = checkpoint.found(self.journal.checkpoints)
+        if whole:
+            checkpoint.load(whole[-1], self.state)
+        now = self.state.counters
+        self.monitor.memory = now.monitor
+        self.journal.rewind(now.metrics_bytes, now.step)
+        self.bars.say(f"goes on from update {now.step} of {self.total_steps}", "dim")
+
+    def run(self) -> Run:
+        """Play to the end, an alarm or a signal; save; write the result where the end was reached."""
+        outcome = None
+        try:
+            self.probe.prepare(self.prompts)
+            with asked_to_stop() as asked, self._bar() as self.tick:
+                while outcome is None:
+                    outcome = self._play(asked)
+        except OSError as problem:
+            words = f"{problem}. Mend it (is the disk full?), then `sparring resume {self.journal.folder}` goes on"
+            self._fail(words)
+            raise OSError(words) from problem
+        except (ValueError, RuntimeError) as problem:
+            self._fail(str(problem))
+            raise
+        if outcome.state == "finished":
+            self._write_result()
+        self.journal.status(outcome.state, self.state.counters.step, self.total_steps, outcome.message)
+        return outcome
+
+    def _play(self, asked: Mapping[str, bool]) -> Run | None:
+        """Consume rounds and updates; None: rolled back, to be played on."""
+        folder, now = self.journal.folder, self.state.counters
+        self.journal.status("running", now.step, self.total_steps)
+        parts = self.method, self.cadence, self.learner, self.context, self.prompts, self.total_steps
+        began = time.perf_counter()
+        for event in play(self.state, *parts):
+            if isinstance(event, Round):
+                news = self._log_round(event)
+            else:
+                news = self._log_update(event, time.perf_counter() - began)
+                began = time.perf_counter()
+                if asked.get("stop"):
+                    self._save()
+                    return Run(
+                        folder, "interrupted", f"stopped by a signal after update {now.step}: sparring resume {folder}"
+                    )
+                if now.step % self.config.run.save_steps == 0 and now.step < self.total_steps:
+                    self._save()
+            for text in news:
+                self.bars.say(f"alarm at update {now.step}: {text}", "bold yellow")
+            if news and self.config.monitor.on_alarm != "warn":
+                if self.config.monitor.on_alarm == "rollback" and now.rollbacks < ROLLBACKS:
+                    self._roll_back(news)
+                    return None
+                self._save()
+                return Run(folder, "stopped", f"{news[0]}; sparring resume {folder} goes on all the same")
+        return Run(folder, "finished")
+
+    def _log_round(self, event: Round) -> list[str]:
+        if self.config.run.save_round_records:
+            self.journal.round(event.number, event.groups, event.pairs)
+        metrics = self.monitor.round(event.lengths, len(event.pairs), event.dropped)
+        return self._log({"round": event.number, "step": self.state.counters.step} | metrics, metrics)
+
+    def _log_update(self, event: Update, seconds: float) -> list[str]:
+        every = self.config.monitor.monitor_steps
+        metrics = event.metrics | self.monitor.update(event.metrics)
+        if every and (event.step % every == 0 or event.step == self.total_steps):
+            metrics["kl/start"] = self.probe.kl()
+        self.journal.timing({"step": event.step, "seconds": round(seconds, 6)})
+        margins = f"  margin {metrics['rewards/margins']:.3f}" if "rewards/margins" in metrics else ""
+        self.tick(1, f"loss {metrics['loss']:.4f}{margins}")
+        epoch = round(event.step / self.updates_per_epoch, 6)
+        return self._log({"step": event.step, "epoch": epoch} | metrics, metrics)
+
+    def _log(self, line: dict[str, Any], metrics: Mapping[str, float]) -> list[str]:
+        news = self.monitor.alarms(metrics)
+        self.journal.metrics(line | ({"alarms": news} if news else {}))
+        self.tracker.log(metrics, self.state.counters.step)
+        return news
+
+    def _save(self) -> None:
+        now = self.state.counters
+        now.metrics_bytes = self.journal.length()
+        frozen = self.cadence.reference == "initial"
+        keep = self.config.run.save_total_limit
+        checkpoint.save(self.journal.checkpoints, self.state, keep=keep, frozen_reference=frozen)
+
+    def _roll_back(self, news: Sequence[str]) -> None:
+        """Back to the last checkpoint at half the learning rate; RuntimeError where there is none yet."""
+        rollbacks, scale = self.state.counters.rollbacks + 1, self.state.counters.rate_scale / 2
+        before = self.state.counters.step
+        if not checkpoint.found(self.journal.checkpoints):
+            raise RuntimeError(
+                f"{news[0]}, and there is no checkpoint to roll back to: lower save_steps or learning_rate"
+            )
+        self.restore()
+        now = self.state.counters
+        now.rollbacks, now.rate_scale = rollbacks, scale
+        self.tick(now.step - before)
+        self.bars.say(f"rolled back from update {before} to {now.step}, learning rate times {scale:g}", "bold yellow")
+        self.journal.metrics({"step": now.step, "rolled_back_from": before, "rate_scale": scale, "alarms": list(news)})
+
+    def _write_result(self) -> None:
+        lines = read_lines(self.journal.folder / "metrics.jsonl")
+        last: dict[str, Any] = next((line for line in reversed(lines) if "loss" in line), {})
+        rows = f"{len(self.prompts)} of {self.loaded.rows} rows used"
+        _, about = self.journal.configuration()
+        artefacts = [("model", self.learner.roles.policy, "The policy")]
+        if self.learner.roles.ema is not None:
+            artefacts.append(("model_ema", self.learner.roles.ema, "The EMA of the policy"))
+        for name, model, what in reversed(artefacts):  # the policy last: its folder says that the run is finished
+            save_result(
+                self.journal.folder / name,
+                model,
+                self.chat.tokenizer,
+                card=model_card(self.config, about=about, rows=rows, figures=last, what=what),
+                dtype=self.dtype_shipped,
+                end_ids=self.chat.end_ids,
+                pad_id=self.chat.pad_id,
+            )
+
+    def _fail(self, message: str) -> None:
+        """Note a failure, if the disk still takes a note."""
+        try:
+            self.journal.status("failed", self.state.counters.step, self.total_steps, message)
+        except OSError as problem:
+            self.bars.say(f"status.json could not be written: {problem}", "red")
+
+    def _writer(self, role: policy.Role) -> LocalWriter:
+        kept = self.learner.roles.kept()
+        name = role if role in kept else "policy"
+        return LocalWriter(
+            lambda: self.learner.roles.playing(role),
+            source=lambda: f"{name}@{self.state.counters.step}",
+            decode=self.chat.decode,
+            end_ids=self.chat.end_ids,
+            pad_id=self.chat.pad_id,
+            batch_size=self.config.generation.generation_batch_size,
+            precision=self.learner.precision,
+        )
+
+    def _bar(self) -> Any:
+        return self.bars.stage(self.method.name, self.total_steps, self.state.counters.step, "updates")
+
+
+def _room(model: Any, prompts: Sequence[Prompt], max_length: int) -> int:
+    """max_length, or the model's own limit where that is less and the data fits; ValueError where it does not fit."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or max_length
+    longest = max((len(p.token_ids) + len(r.token_ids), p.id) for p in prompts for r in (p.human, p.rejected) if r)
+    if longest[0] > limit:
+        raise ValueError(
+            f"row {longest[1]} has {longest[0]} tokens and the model reads {limit} (max_position_embeddings): lower max_length"
+        )
+    return min(max_length, limit)
+
+
+def _ends(model: Any) -> list[int]:
+    ends = model.generation_config.eos_token_id
+    return [] if ends is None else list(ends) if isinstance(ends, list) else [ends]
+
+
+def _digest(prompts: Sequence[Prompt]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for prompt in prompts:
+        for ids in (prompt.token_ids, *(r.token_ids for r in (prompt.human, prompt.rejected) if r)):
+            digest.update(len(ids).to_bytes(4, "big") + ids.tobytes())
+    return digest.hexdigest()
