@@ -125,8 +125,6 @@ def test_column_map_gives_columns_the_names_of_the_field() -> None:
         ("responses", {"messages": [user("Q"), assistant(None)]}, "empty response"),
         ("pairs", PAIR | {"rejected": ""}, "empty response"),
         ("responses", {"prompt": "word " * 60, "completion": "A"}, "prompt longer than max_prompt_length"),
-        ("responses", {"prompt": "word " * 22, "completion": "A"}, "no room for a response"),
-        ("prompts", {"prompt": "word " * 22}, "no room for a response"),
         ("responses", {"prompt": "Q", "completion": "A<|im_end|>B"}, "special token in the text"),
         ("responses", {"prompt": "<|im_start|>", "completion": "A"}, "special token in the text"),
         ("pairs", PAIR | {"rejected": "four"}, "chosen equals rejected"),
@@ -158,6 +156,19 @@ def test_a_row_that_cannot_be_used_is_dropped_and_counted_under_its_reason(need:
     assert loaded.dropped == {reason: [1]}
     assert [prompt.id for prompt in loaded.prompts] == [0, 2]
     assert loaded.summary() == f"2 of 3 rows used; dropped: 1 {reason}"
+
+
+@pytest.mark.parametrize("need", ["prompts", "responses"])
+def test_a_prompt_that_leaves_less_than_four_tokens_is_dropped(chat: Chat, need: Need) -> None:
+    rows = [*answered("one two three"), {"prompt": "Q", "completion": "A"}]
+    length = len(chat.prompt("two and two?")[1])
+    assert given(rows, need, chat, max_length=length + 4).dropped == {}
+    assert given(rows, need, chat, max_length=length + 3).dropped == {"no room for a response": [0]}
+
+
+def test_a_prompt_may_be_as_long_as_max_prompt_length(chat: Chat) -> None:
+    length = len(chat.prompt("two and two?")[1])
+    assert given(answered("four"), chat=chat, max_prompt_length=length).dropped == {}
 
 
 def test_a_row_that_the_template_refuses_is_counted_and_the_templates_words_are_kept() -> None:
@@ -337,7 +348,7 @@ def test_json_may_be_lines_or_one_array(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"array.json is not JSON \(.*line 2 column 2"):
         from_path(tmp_path / "array.json")
     (tmp_path / "array.json").write_text("[1]")
-    with pytest.raises(ValueError, match="row 0 of .*array.json is 1"):
+    with pytest.raises(ValueError, match=r"row 0 of .*array.json is 1"):
         from_path(tmp_path / "array.json")
 
 
@@ -380,7 +391,7 @@ def test_a_split_can_be_sliced_in_a_file_too(tmp_path: Path) -> None:
     assert responses(from_path(file, dataset_train_split="train[2:]", max_samples=1)) == ["two"]
     with pytest.raises(ValueError, match=r"dataset_train_split is 'train\[:50%\]': for files write"):
         from_path(file, dataset_train_split="train[:50%]")
-    with pytest.raises(ValueError, match="holds no rows: .* a split that is not empty"):
+    with pytest.raises(ValueError, match=r"holds no rows: .* a split that is not empty"):
         from_path(file, dataset_train_split="train[9:]")
 
 

@@ -22,8 +22,8 @@ Shaped = tuple[Content, list[Content]]  # what is asked, and its answers: none, 
 
 # The columns that each need can be met from; a data set's are the first of these that it has.
 LAYOUTS: dict[Need, tuple[tuple[str, ...], ...]] = {
-    "prompts": (("prompt",), ("messages",), ("chosen", "rejected")),
-    "responses": (("prompt", "completion"), ("messages",), ("prompt", "chosen"), ("chosen", "rejected")),
+    "prompts": (("prompt",), ("messages",), ("chosen",)),
+    "responses": (("prompt", "completion"), ("messages",), ("prompt", "chosen"), ("chosen",)),
     "pairs": (("prompt", "chosen", "rejected"), ("chosen", "rejected")),
 }
 COLUMNS = ("prompt", "completion", "messages", "chosen", "rejected")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,12 @@ START, CONTROL = "start", "SFT on the human responses"
 
 @dataclass(frozen=True)
 class Contender:
-    """A row of the table: what is trained, by which recipe, on which file, from the start."""
+    """A row of the table: what is trained, by which recipe with which changes, on which file, from the start."""
 
     name: str
     recipe: str
     data: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
 
 
 CONTENDERS = (
@@ -95,8 +96,11 @@ def play_demo(folder: Path, seed: int) -> int:
     console.print(f"\n{words}", highlight=False)
     seconds = time.perf_counter() - began
     best = max(outcomes[1:], key=lambda outcome: outcome.passed(False).mean())
-    console.print(f"\nResult: [bold]{_folder(folder, best.name)}/model[/]  ({seconds:.0f} s in all)", highlight=False)
-    figures = [row(outcome) for outcome in outcomes]
+    console.print(
+        f"\nThe best model: [bold]{_folder(folder, best.name)}/model[/]  ({seconds:.0f} s in all)", highlight=False
+    )
+    console.print(f"SAPO's pairs: [bold]sparring inspect {_folder(folder, 'SAPO-DPO')}[/]", highlight=False)
+    figures = [figures_of(outcome) for outcome in outcomes]
     (folder / "results.json").write_text(json.dumps({"seed": seed, "rows": figures, "moral": words}, indent=1))
     return 0
 
@@ -105,23 +109,24 @@ def play(
     folder: Path, files: dict[str, Path], base: Path, split: str, seed: int, contenders: Sequence[Contender], bars: Bars
 ) -> list[Outcome]:
     """Train the start from ``base`` and every contender from the start; evaluate all on ``split``."""
-    outcomes = []
-    for contender in (Contender(START, "demo_sft", "demonstrations"), *contenders):
-        run = _folder(folder, contender.name)
-        recipe = read_recipe(contender.recipe)
-        origin = base if contender.name == START else _folder(folder, START) / "model"
-        keys: dict[str, Any] = {
-            "model_name_or_path": origin,
-            "dataset_name": files[contender.data],
-            "output_dir": run,
-            "seed": seed,
-        }
-        bars.say(contender.name, "bold")
-        began = time.perf_counter()
-        train(method(recipe["method"]), recipe=contender.recipe, **keys)
-        seconds = time.perf_counter() - began
-        outcomes.append(Outcome(contender.name, seconds, held_out(run / "model", files[split], bars)))
-    return outcomes
+    start = Contender(START, "demo_sft", "demonstrations")
+    outcomes = [enter(start, folder, files, base, split, seed, bars)]
+    origin = _folder(folder, START) / "model"
+    return outcomes + [enter(contender, folder, files, origin, split, seed, bars) for contender in contenders]
+
+
+def enter(
+    contender: Contender, folder: Path, files: dict[str, Path], origin: Path, split: str, seed: int, bars: Bars
+) -> Outcome:
+    """Train one contender from ``origin`` and evaluate it on ``split``."""
+    run = _folder(folder, contender.name)
+    bars.say(contender.name, "bold")
+    began = time.perf_counter()
+    names: dict[str, Any] = {"model_name_or_path": origin, "dataset_name": files[contender.data], "output_dir": run}
+    kind, changes = method(read_recipe(contender.recipe)["method"]), dict(contender.changes)
+    train(kind, recipe=contender.recipe, seed=seed, quiet=bars.quiet, **names, **changes)
+    seconds = time.perf_counter() - began
+    return Outcome(contender.name, seconds, held_out(run / "model", files[split], bars))
 
 
 def make_data(folder: Path, seed: int) -> dict[str, Path]:
@@ -149,7 +154,7 @@ def held_out(model: Path, file: Path, bars: Bars) -> HeldOut:
         return evaluate(loaded, chat, prompts, EVALUATE, verifier.score, batch_size=200, tick=tick)
 
 
-def row(outcome: Outcome) -> dict[str, Any]:
+def figures_of(outcome: Outcome) -> dict[str, Any]:
     """An outcome's figures: percentages of held-out prompts, nats per token, seconds."""
     return {
         "name": outcome.name,
@@ -169,7 +174,7 @@ def table_of(outcomes: Sequence[Outcome]) -> RenderableType:
     )
     for name in ("model", "sampled", "greedy", "nll", "seconds"):
         table.add_column(name, justify="left" if name == "model" else "right")
-    for figures in map(row, outcomes):
+    for figures in map(figures_of, outcomes):
         table.add_row(
             figures["name"],
             f"{figures['pass_sampled']:.1f} ({figures['score_sampled']:.1f})",
