@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from sparring.config import PARTS, nearest, resolve
+from sparring.config import PARTS, keys_of, nearest, resolve
 from sparring.methods import METHODS, method
 from sparring.recipes import read_recipe
 
@@ -86,6 +86,12 @@ def _train(name: str, words: list[str]) -> int:
     named = recipe.pop("method", name)
     if named != name:
         raise ValueError(f"the recipe is for {named}: run `sparring {named}` with it")
+    known = keys_of(kind)
+    unknown = next((key for key in given if key not in known), None)
+    if unknown:
+        raise ValueError(
+            f"unknown key {unknown!r} for {name}{nearest(unknown, known)}; `sparring {name} --help` lists them"
+        )
     from sparring.run import train
 
     return _ended(train(kind, **{**recipe, **given}))

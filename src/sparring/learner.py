@@ -40,7 +40,9 @@ class Learner:
         self.optimizers = make_optimizers(roles.policy, config)
         roles.policy.train()
         if config.gradient_checkpointing:
-            roles.policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # transformers 5.2x renamed it, and warns of the old name.
+            old = roles.policy.gradient_checkpointing_enable
+            getattr(roles.policy, "activation_checkpointing_enable", old)({"use_reentrant": False})
 
     def update(self, pairs: Sequence[Pair], step: int, rate_scale: float = 1.0) -> dict[str, float]:
         """One optimizer step on ``pairs``; metrics under the field's names.

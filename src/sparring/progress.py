@@ -35,8 +35,8 @@ class Bars:
             self.console.print(Text(text, style=style))
 
     @contextmanager
-    def stage(self, name: str, total: int, done: int = 0, unit: str = "it") -> Iterator[Tick]:
-        """A stage of ``total`` steps of which ``done`` were made before."""
+    def stage(self, name: str, total: int | None, done: int = 0, unit: str = "it") -> Iterator[Tick]:
+        """A stage of ``total`` steps (None: nobody knows) of which ``done`` were made before."""
         if self.quiet:
             yield lambda count, note="": None
         elif self.console.is_terminal:
@@ -77,7 +77,7 @@ class _Rate(ProgressColumn):
 class _Lines:
     EVERY = 10.0  # seconds
 
-    def __init__(self, console: Console, name: str, total: int, done: int, unit: str) -> None:
+    def __init__(self, console: Console, name: str, total: int | None, done: int, unit: str) -> None:
         self.console, self.name, self.total, self.done, self.unit = console, name, total, done, unit
         self.first, self.began = done, time.monotonic()
         self.shown, self.note = self.began, ""
@@ -96,8 +96,8 @@ class _Lines:
     def _print(self) -> None:
         seconds = time.monotonic() - self.began
         rate = (self.done - self.first) / max(seconds, 1e-9)
-        left = (self.total - self.done) / rate if rate else 0.0
-        self.console.print(
-            f"{self.name} {self.done}/{self.total}  {rate:.1f} {self.unit}/s  {left:.0f} s left  {self.note}",
-            soft_wrap=True,
-        )
+        line = f"{self.name} {self.done}"
+        if self.total is not None:
+            left = (self.total - self.done) / rate if rate else 0.0
+            line += f"/{self.total}  {left:.0f} s left"
+        self.console.print(f"{line}  {rate:.1f} {self.unit}/s  {self.note}", soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,10 @@ def train(
     layer = read_recipe(recipe) if recipe else {}
     layer.pop("method", None)
     if model is not None:
-        keys["model_name_or_path"] = str(Path(keys.get("output_dir", "")) / "start")
+        keys["model_name_or_path"] = str(Path(keys.get("output_dir", "")).resolve() / "start")
     if train_dataset is not None:
-        keys["dataset_name"] = str(Path(keys.get("output_dir", "")) / "data.jsonl")
-    config = resolve(method, layer, keys)
+        keys["dataset_name"] = str(Path(keys.get("output_dir", "")).resolve() / "data.jsonl")
+    config = _with_whole_paths(resolve(method, layer, keys))
     if not config.run.output_dir:
         raise ValueError("output_dir is missing: name the run's folder, as in runs/first")
     if model is not None and tokenizer is None:
@@ -69,6 +70,20 @@ def resume(output_dir: str | Path, *, quiet: bool = False) -> Run:
                 )
         session.restore()
         return session.run()
+
+
+def _with_whole_paths(config: Config) -> Config:
+    """The configuration with local files' full paths, so that a run can be resumed from anywhere."""
+    model, data = config.model, config.data
+
+    def whole(name: str) -> str:
+        return str(Path(name).resolve()) if name and Path(name).exists() else name
+
+    return replace(
+        config,
+        model=replace(model, model_name_or_path=whole(model.model_name_or_path)),
+        data=replace(data, dataset_name=whole(data.dataset_name)),
+    )
 
 
 def _refuse_taken(journal: Journal, config: Config) -> None:

@@ -75,14 +75,15 @@ class Session:
         if model is None:
             policy.check_causal(config.model)
         tokenizer = tokenizer or policy.load_tokenizer(config.model)
-        ends = policy.generation_ends(config.model) if model is None else _ends(model)
+        ends = policy.generation_ends(config.model) if model is None else policy.ends_of(model.generation_config)
         self.chat = Chat(
             tokenizer,
             apply_chat_template=config.model.apply_chat_template,
             chat_template_path=config.model.chat_template_path,
             eos_token_ids=ends,
         )
-        self.loaded: Loaded = load(config.data, self.chat, need=self.method.needs, rows=rows)
+        with bars.stage("read", None, unit="rows") as tick:
+            self.loaded: Loaded = load(config.data, self.chat, need=self.method.needs, rows=rows, tick=tick)
         self.prompts: Sequence[Prompt] = self.loaded.prompts
         self.dtype_shipped = policy.shipped_dtype(config.model) if model is None else model.dtype
         start = policy.load_model(config.model, device) if model is None else policy.adopt(model, device)
@@ -281,17 +282,13 @@ class Session:
 def _room(model: Any, prompts: Sequence[Prompt], max_length: int) -> int:
     """max_length, or the model's own limit where that is less and the data fits; ValueError where it does not fit."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or max_length
-    longest = max((len(p.token_ids) + len(r.token_ids), p.id) for p in prompts for r in (p.human, p.rejected) if r)
-    if longest[0] > limit:
+    lengths = ((len(p.token_ids) + len(r.token_ids), p.id) for p in prompts for r in (p.human, p.rejected) if r)
+    longest, row = max(lengths, default=(0, 0))
+    if longest > limit:
         raise ValueError(
-            f"row {longest[1]} has {longest[0]} tokens and the model reads {limit} (max_position_embeddings): lower max_length"
+            f"row {row} has {longest} tokens and the model reads {limit} (max_position_embeddings): lower max_length"
         )
     return min(max_length, limit)
-
-
-def _ends(model: Any) -> list[int]:
-    ends = model.generation_config.eos_token_id
-    return [] if ends is None else list(ends) if isinstance(ends, list) else [ends]
 
 
 def _digest(prompts: Sequence[Prompt]) -> str:

@@ -81,9 +81,14 @@ def generation_ends(config: ModelConfig) -> list[int]:
     """The ids that the model's generation config ends at; none where it has no such file."""
     where = _found(config)
     try:
-        ends = GenerationConfig.from_pretrained(where, revision=config.model_revision).eos_token_id
+        return ends_of(GenerationConfig.from_pretrained(where, revision=config.model_revision))
     except OSError:
         return []
+
+
+def ends_of(generation: GenerationConfig) -> list[int]:
+    """The ids that a generation config ends at."""
+    ends = generation.eos_token_id
     return [] if ends is None else list(ends) if isinstance(ends, list) else [ends]
 
 
