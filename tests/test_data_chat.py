@@ -22,6 +22,7 @@ END_OF_TURN = {
     "qwen3": "<|im_end|>",
     "merging": "<|im_end|>",
     "rewriting": "</s>",
+    "harmony": "<|return|>",
     "open": "</s>",
     "none": "</s>",
 }
@@ -180,7 +181,7 @@ def test_a_history_that_is_rewritten_once_answered_falls_back_too() -> None:
 def test_a_template_without_an_end_of_turn_gets_eos_and_says_so() -> None:
     chat = chat_of("open")
     assert spelled(chat, chat.response(QUESTION, "four").token_ids)[-1] == "</s>"
-    assert chat.warnings == ["the chat template ends no turn: responses end with the eos token '</s>'"]
+    assert chat.warnings == ["the chat template prints no end of turn: responses end with the eos token '</s>'"]
 
 
 def test_an_end_of_turn_that_is_mere_text_is_replaced_by_eos_and_named() -> None:

@@ -55,6 +55,12 @@ REWRITING = (
     "{{ '<|assistant|>' + m.content + eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|><think>\n' }}{% endif %}"
 )
+# Special tokens of the template's own within the response, as gpt-oss has them.
+HARMONY = (
+    "{% for m in messages %}{{ '<|start|>' + m.role + ('<|channel|>final' if m.role == 'assistant' else '') }}"
+    "{{ '<|message|>' + m.content + ('<|return|>' if loop.last and m.role == 'assistant' else '<|end|>') }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
+)
 OPEN = (
     "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
@@ -74,6 +80,7 @@ TEMPLATES: dict[str, tuple[str | None, str | None, str, list[str]]] = {
     "qwen3": (QWEN3, None, "<|endoftext|>", ["<|im_start|>", "<|im_end|>"]),
     "merging": (MERGING, None, "<|endoftext|>", ["<|im_start|>", "<|im_end|>"]),
     "rewriting": (REWRITING, None, "</s>", ["<|user|>", "<|assistant|>"]),
+    "harmony": (HARMONY, None, "<|return|>", ["<|start|>", "<|channel|>", "<|message|>", "<|end|>"]),
     "open": (OPEN, None, "</s>", []),
     "none": (None, "<s>", "</s>", []),
 }

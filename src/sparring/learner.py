@@ -151,13 +151,14 @@ class Learner:
 def describe(logps: LogProbs, method: Method) -> dict[str, float]:
     """The metrics of an update: a second pure function of the same log-probs that the loss had.
 
-    logps/chosen, logps/rejected: means of the sums, in nats; logps/chosen_per_token: over all tokens of the chosen responses.
+    logps/chosen, logps/rejected: means of the sums over the scored tokens, in nats; tokens/chosen, tokens/rejected: their number;
+    logps/chosen_per_token: over all tokens of the chosen responses.
     rewards/*: beta times the log-ratio to the reference; times the token-mean log-prob where there is no reference.
     """
     metrics = {
         "logps/chosen": float(logps.chosen.mean()),
         "logps/chosen_per_token": float(logps.chosen_whole.sum() / logps.chosen_whole_tokens.sum()),
-        "tokens/chosen": float(logps.chosen_whole_tokens.mean()),
+        "tokens/chosen": float(logps.chosen_tokens.mean()),
     }
     if not isinstance(method, Preference):
         return metrics

@@ -220,8 +220,9 @@ class Chat:
         if end:
             self._closing = self._after[: end.start()]
         else:
-            shown = f"ends a turn with {self._after!r}, which is no token" if self._after.strip() else "ends no turn"
-            self._warn(f"the chat template {shown}", f": responses end with the eos token {self.tokenizer.eos_token!r}")
+            mere = f"ends a turn with {self._after!r}, which is no token"
+            rule = mere if self._after.strip() else "prints no end of turn"
+            self._warn(f"the chat template {rule}", f": responses end with the eos token {self.tokenizer.eos_token!r}")
         bos = self.tokenizer.bos_token
         if self._bos and isinstance(bos, str) and not prompt.startswith(bos):
             self._warn(f"the chat template prints no {bos}", ", which the tokenizer adds to plain text")

@@ -204,5 +204,6 @@ def _config(config: ModelConfig) -> transformers.PretrainedConfig:
             where, revision=config.model_revision, trust_remote_code=config.trust_remote_code
         )
     except (OSError, ValueError) as problem:
-        raise ValueError(f"{config.model_name_or_path} cannot be read as a model: {problem}") from problem
+        here = "" if Path(where).is_dir() else "is no folder here, and "
+        raise ValueError(f"{config.model_name_or_path} {here}cannot be read as a model: {problem}") from problem
     return found

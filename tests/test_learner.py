@@ -1,0 +1,232 @@
+"""An update's mathematics: log-probs, gradients, references, terms and schedules against dense computations by hand."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from small import PAD, learner, pair, tiny_llama
+
+from sparring.config import TrainingConfig
+from sparring.data.packing import lay_out
+from sparring.methods.offline import DPO, KTO, SFT
+from sparring.methods.sapo import SAPO
+from sparring.model import ema
+from sparring.model.logps import span_sums, token_logps
+from sparring.model.optim import learning_rate, load_state_tensors, make_optimizers, state_tensors
+from sparring.records import tokens
+
+PAIRS = [
+    pair([5, 6, 7], [10, 11, 12, 2], [10, 11, 40, 41, 2]),
+    pair([8, 9], [20, 21, 2], [22, 2]),
+    pair([5, 9, 9, 9, 9], [30, 31, 32, 33, 34, 2], [30, 50, 2]),
+    pair([7], [13, 2], [14, 15, 16, 2]),
+]
+
+
+def dense_logps(model: Any, asked: Any, answer: Any) -> torch.Tensor:
+    """Log-probs of an answer's tokens from full float64 logits, one sequence at a time, shifted here."""
+    ids = torch.tensor([[*asked, *answer]])
+    logps = model.double()(ids).logits[0].log_softmax(-1)
+    first = len(asked)
+    found = torch.stack([logps[first + i - 1, token] for i, token in enumerate(answer)])
+    model.float()
+    return found
+
+
+def gradients(model: Any) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def test_token_log_probs_equal_a_dense_reference_without_padding() -> None:
+    model = tiny_llama()
+    rows = [
+        (tokens([5, 6, 7]), tokens([10, 11, 2])),
+        (tokens([8]), tokens([20, 21, 22, 23, 2])),
+        (tokens([4] * 9), tokens([3])),
+    ]
+    layout = lay_out(rows, PAD, torch.device("cpu"))
+    with torch.no_grad():
+        mine = token_logps(model, layout)
+        for row, (asked, answer) in enumerate(rows):
+            expected = dense_logps(model, asked, answer)
+            first = len(asked) - 1
+            torch.testing.assert_close(mine[row, first : first + len(answer)].double(), expected, atol=2e-5, rtol=1e-5)
+            assert mine[row].count_nonzero() == len(answer)  # nothing of the prompt, nothing of the padding
+        spans = torch.tensor([(1, 3), (0, 2), (0, 1)])
+        sums = span_sums(mine, layout, spans)
+        torch.testing.assert_close(sums[0].double(), dense_logps(model, *rows[0])[1:3].sum(), atol=2e-5, rtol=1e-5)
+
+
+def capture(made: Any, pairs: Any) -> torch.Tensor:
+    """The gradient that an update hands to its optimizer."""
+    seen: list[torch.Tensor] = []
+    made._step = lambda rate, norm: seen.append(gradients(made.roles.policy).clone())
+    made.update(pairs, 0)
+    return seen[0]
+
+
+def test_the_gradient_is_that_of_the_mean_dpo_loss_however_it_is_cut_into_micro_batches() -> None:
+    reference = tiny_llama(seed=1)
+    by_size = {}
+    for size in (1, 2, 3, 4):
+        made = learner(DPO(), tiny_llama(), reference, per_device_train_batch_size=size)
+        by_size[size] = capture(made, PAIRS)
+    model = tiny_llama()
+    total = torch.zeros((), dtype=torch.float64)
+    model.double(), reference.double()
+    for each in PAIRS:
+        assert each.rejected is not None
+        sums = []
+        for answer in (each.chosen.token_ids, each.rejected.token_ids):
+            ids, first = torch.tensor([[*each.prompt_token_ids, *answer]]), len(each.prompt_token_ids)
+            for m in (model, reference):
+                logps = m(ids).logits[0].log_softmax(-1)[first - 1 : -1]
+                sums.append(logps.gather(1, torch.tensor(list(answer))[:, None]).sum())
+        h = (sums[0] - sums[1].detach()) - (sums[2] - sums[3].detach())
+        total = total - torch.nn.functional.logsigmoid(0.1 * h) / len(PAIRS)
+    total.backward()
+    expected = gradients(model).float()
+    for size, mine in by_size.items():
+        error = (mine - expected).norm() / expected.norm()
+        assert error < 1e-4, f"micro-batches of {size}: {error}"
+
+
+def test_with_a_reference_equal_to_the_policy_dpo_starts_at_log_2_and_rewards_at_0() -> None:
+    metrics = learner(DPO(), tiny_llama()).update(PAIRS, 0)
+    assert metrics["loss"] == pytest.approx(math.log(2))
+    assert metrics["rewards/margins"] == 0
+    assert metrics["rewards/accuracies"] == 0
+
+
+def test_rewards_are_beta_times_the_log_ratio_to_the_reference() -> None:
+    model, reference = tiny_llama(), tiny_llama(seed=1)
+    metrics = learner(DPO(beta=0.3), model, reference).update(PAIRS[:1], 0)
+    model = tiny_llama()
+    asked, chosen = PAIRS[0].prompt_token_ids, PAIRS[0].chosen.token_ids
+    with torch.no_grad():
+        ratio = dense_logps(model, asked, chosen).sum() - dense_logps(reference, asked, chosen).sum()
+    assert metrics["rewards/chosen"] == pytest.approx(0.3 * float(ratio), rel=1e-4)
+
+
+def test_only_the_scored_span_enters_the_preference_and_all_of_the_response_the_nll() -> None:
+    scored = [replace(PAIRS[0], chosen_scored=(2, 3), rejected_scored=(2, 4))]
+    model = tiny_llama()
+    with torch.no_grad():
+        chosen = dense_logps(model, scored[0].prompt_token_ids, scored[0].chosen.token_ids)
+    metrics = learner(SAPO(loss_type="orpo"), tiny_llama()).update(scored, 0)
+    assert metrics["logps/chosen"] == pytest.approx(float(chosen[2]), rel=1e-4)
+    assert metrics["loss/nll"] == pytest.approx(-float(chosen.mean()), rel=1e-4)
+    assert metrics["tokens/chosen"] == 1
+    assert metrics["tokens/rejected"] == 2
+
+
+def test_measuring_the_terms_gradients_changes_nothing_and_is_right() -> None:
+    method = SAPO(preference_weight=0.5, nll_weight=1.0)
+    apart = {}
+    for name, changed in (
+        ("preference", replace(method, nll_weight=0.0)),
+        ("nll", replace(method, preference_weight=0.0)),
+    ):
+        apart[name] = float(capture(learner(changed, tiny_llama(), tiny_llama(seed=1)), PAIRS).norm())
+    weights = []
+    for every in (0, 1):
+        made = learner(
+            method, tiny_llama(), tiny_llama(seed=1), term_grad_norm_steps=every, per_device_train_batch_size=2
+        )
+        metrics = made.update(PAIRS, 0)
+        weights.append(torch.cat([p.detach().flatten() for p in made.roles.policy.parameters()]))
+    assert torch.equal(*weights)
+    for name, expected in apart.items():
+        assert metrics[f"grad_norm/{name}"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_sft_s_loss_is_the_mean_over_all_tokens_of_the_update() -> None:
+    shown = [replace(each, rejected=None) for each in PAIRS]
+    metrics = learner(SFT(), tiny_llama(), per_device_train_batch_size=3).update(shown, 0)
+    model = tiny_llama()
+    with torch.no_grad():
+        all_tokens = torch.cat([dense_logps(model, p.prompt_token_ids, p.chosen.token_ids) for p in PAIRS])
+    assert len(all_tokens) == 15
+    assert metrics["loss"] == pytest.approx(-float(all_tokens.mean()), rel=1e-4)
+
+
+def test_kto_s_baseline_is_the_log_ratio_on_the_next_pair_s_response() -> None:
+    model, reference = tiny_llama(), tiny_llama(seed=1)
+    mine = float(learner(KTO(), model, reference)._mismatched_kl(PAIRS))
+    ratios = []
+    with torch.no_grad():
+        for each, following in zip(PAIRS, [*PAIRS[1:], PAIRS[0]], strict=True):
+            row = each.prompt_token_ids, following.chosen.token_ids
+            ratios.append(float(dense_logps(model, *row).sum() - dense_logps(reference, *row).sum()))
+    assert mine == pytest.approx(sum(ratios) / 4, rel=1e-4)
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing_and_is_counted() -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = float("inf")
+    before = [p.detach().clone() for p in model.parameters()]
+    metrics = learner(DPO(), model).update(PAIRS, 0)
+    assert metrics["skipped"] == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_activation_checkpointing_gives_the_same_gradient() -> None:
+    plain = capture(learner(DPO(), tiny_llama(), tiny_llama(seed=1)), PAIRS)
+    saved = capture(learner(DPO(), tiny_llama(), tiny_llama(seed=1), gradient_checkpointing=True), PAIRS)
+    torch.testing.assert_close(plain, saved)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "rmsprop", "muon"])
+def test_an_optimizer_s_state_put_back_takes_the_same_next_step_to_the_bit(optim: str) -> None:
+    def step(model: Any, optimizers: Any, seed: int) -> None:
+        torch.manual_seed(seed)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        for optimizer in optimizers:
+            optimizer.step()
+
+    config = TrainingConfig(optim=optim, learning_rate=1e-2, weight_decay=0.1)  # type: ignore[arg-type]
+    whole, copy = tiny_llama(), tiny_llama()
+    first = make_optimizers(whole, config)
+    step(whole, first, 1), step(whole, first, 2)
+    copy.load_state_dict(whole.state_dict())
+    second = make_optimizers(copy, config)
+    load_state_tensors(copy, second, {k: v.clone() for k, v in state_tensors(whole, first).items()})
+    step(whole, first, 3), step(copy, second, 3)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), copy.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "rates"),
+    [  # warm-up of 2 updates in 10: 1/3, 2/3, then the shape from 1
+        ("linear", {0: 1 / 3, 1: 2 / 3, 2: 1.0, 6: 0.5, 9: 0.125}),
+        ("cosine", {1: 2 / 3, 2: 1.0, 6: 0.5, 4: 0.5 * (1 + math.cos(math.pi / 4))}),
+        ("constant", {0: 1.0, 9: 1.0}),
+        ("constant_with_warmup", {0: 1 / 3, 2: 1.0, 9: 1.0}),
+        ("inverse_sqrt", {0: 1 / 3, 2: math.sqrt(2 / 3), 7: 0.5}),
+    ],
+)
+def test_the_learning_rate_by_hand(kind: str, rates: dict[int, float]) -> None:
+    config = TrainingConfig(learning_rate=1.0, lr_scheduler_type=kind, warmup_ratio=0.2)  # type: ignore[arg-type]
+    for step, expected in rates.items():
+        assert learning_rate(step, 10, config) == pytest.approx(expected), step
+
+
+def test_the_ema_by_hand_and_why_it_is_float32() -> None:
+    average, policy = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        average.weight.fill_(0.0), policy.weight.fill_(8.0)
+        for expected in (4.0, 6.0, 7.0):  # (8 + 0) / 2, (8 + 4) / 2, (8 + 6) / 2
+            ema.step(average, policy, 0.5)
+            assert average.weight.item() == expected
+        ema.step(average, policy, 0.0)
+        assert average.weight.item() == 8.0
+        # A step of 5e-7 times 0.01 at a weight of 1 survives in float32 and would be lost in bfloat16.
+        average.weight.fill_(1.0), policy.weight.fill_(1.0 + 1e-4)
+        ema.step(average, policy, 0.99)
+        assert average.weight.item() > 1.0
+        assert torch.tensor(1.0, dtype=torch.bfloat16) + torch.tensor(1e-6, dtype=torch.bfloat16) == 1.0
