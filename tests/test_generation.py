@@ -45,7 +45,7 @@ def test_greedy_is_generate_token_for_token_for_rows_that_end_at_different_times
             assert list(written.token_ids) == theirs.tolist()
             assert written.finished == (theirs[-1].item() == END)
             ended.add(len(theirs))
-    assert len(ended) > 2  # some rows did end early
+    assert len(ended) >= 2  # some rows did end early
 
 
 @torch.no_grad()
