@@ -131,22 +131,17 @@ class _TensorBoard:
 
 
 def tracker(report_to: str, folder: Path, name: str, keys: Mapping[str, Any]) -> Tracker:
-    """The tracker that ``report_to`` names; ValueError where its package is not installed."""
-    try:
-        if report_to == "tensorboard":
-            return _TensorBoard(folder / "tensorboard")
-        if report_to == "trackio":
-            import trackio
+    """The tracker that ``report_to`` names."""
+    if report_to == "tensorboard":
+        return _TensorBoard(folder / "tensorboard")
+    if report_to == "trackio":
+        import trackio
 
-            return _WandbLike(trackio, name, keys)
-        if report_to == "wandb":
-            import wandb
+        return _WandbLike(trackio, name, keys)
+    if report_to == "wandb":
+        import wandb
 
-            return _WandbLike(wandb, name, keys)
-    except ImportError as problem:
-        raise ValueError(
-            f"report_to is {report_to}, which needs an extra: pip install 'sparring[{report_to}]'"
-        ) from problem
+        return _WandbLike(wandb, name, keys)
     return NoTracker()
 
 

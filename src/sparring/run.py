@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ def train(
         raise ValueError("output_dir is missing: name the run's folder, as in runs/first")
     if model is not None and tokenizer is None:
         raise ValueError("a model object needs its tokenizer: give tokenizer=")
+    _require_extras(config)
     journal = Journal(Path(config.run.output_dir))
     _refuse_taken(journal, config)
     with Session(config, journal, Bars(quiet), model=model, tokenizer=tokenizer, rows=train_dataset) as session:
@@ -70,6 +72,16 @@ def resume(output_dir: str | Path, *, quiet: bool = False) -> Run:
                 )
         session.restore()
         return session.run()
+
+
+def _require_extras(config: Config) -> None:
+    """Raise ValueError where a setting needs a package that is not installed."""
+    needs = {"report_to": (config.run.report_to, config.run.report_to)} if config.run.report_to != "none" else {}
+    if config.training.optim == "adamw_8bit":
+        needs["optim"] = ("adam8bit", "bitsandbytes")
+    for name, (extra, package) in needs.items():
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"{name} needs {package}, which is not installed: pip install 'sparring[{extra}]'")
 
 
 def _with_whole_paths(config: Config) -> Config:

@@ -14,7 +14,7 @@ from sparring.config import TrainingConfig
 def make_optimizers(model: Any, config: TrainingConfig) -> list[torch.optim.Optimizer]:
     """The optimizer of ``config.optim`` over the trainable weights; Muon comes with an AdamW for what is no hidden matrix.
 
-    Weight decay spares vectors (norms and biases). Errors: ValueError where an extra is not installed.
+    Weight decay spares vectors (norms and biases). Raises ValueError where this PyTorch has no Muon.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     outer = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
@@ -29,7 +29,9 @@ def make_optimizers(model: Any, config: TrainingConfig) -> list[torch.optim.Opti
     if config.optim == "rmsprop":
         return [torch.optim.RMSprop(groups, lr=rate, eps=eps)]
     if config.optim == "adamw_8bit":
-        return [_adamw_8bit(groups, lr=rate, betas=betas, eps=eps)]
+        from bitsandbytes.optim import AdamW8bit
+
+        return [AdamW8bit(groups, lr=rate, betas=betas, eps=eps)]
     fused = config.optim != "adamw_torch"
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=rate, betas=betas, eps=eps, fused=fused)]
     if hidden:
@@ -83,12 +85,3 @@ def load_state_tensors(model: Any, optimizers: list[torch.optim.Optimizer], tens
         weights = [p for group in optimizer.param_groups for p in group["params"]]
         whole["state"] = {i: by_weight[names[id(p)]] for i, p in enumerate(weights) if names[id(p)] in by_weight}
         optimizer.load_state_dict(whole)
-
-
-def _adamw_8bit(groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError as problem:
-        raise ValueError("optim is adamw_8bit, which needs an extra: pip install 'sparring[adam8bit]'") from problem
-    made: torch.optim.Optimizer = AdamW8bit(groups, **options)
-    return made

@@ -18,7 +18,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from sparring.config import ModelConfig
 from sparring.model import ema
 
-transformers.utils.logging.disable_progress_bar()  # a bar for each shard of weights would interrupt ours
 Role = Literal["policy", "ema", "reference"]
 
 
