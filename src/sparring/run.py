@@ -76,7 +76,9 @@ def resume(output_dir: str | Path, *, quiet: bool = False) -> Run:
 
 def _require_extras(config: Config) -> None:
     """Raise ValueError where a setting needs a package that is not installed."""
-    needs = {"report_to": (config.run.report_to, config.run.report_to)} if config.run.report_to != "none" else {}
+    needs: dict[str, tuple[str, str]] = {}
+    if config.run.report_to != "none":
+        needs["report_to"] = (config.run.report_to, config.run.report_to)
     if config.training.optim == "adamw_8bit":
         needs["optim"] = ("adam8bit", "bitsandbytes")
     for name, (extra, package) in needs.items():
