@@ -2,10 +2,12 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from small import PAD, learner, pair, tiny_llama
 
 from sparring.config import TrainingConfig
@@ -180,8 +182,12 @@ def test_activation_checkpointing_gives_the_same_gradient() -> None:
     torch.testing.assert_close(plain, saved)
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "rmsprop", "muon"])
-def test_an_optimizer_s_state_put_back_takes_the_same_next_step_to_the_bit(optim: str) -> None:
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "rmsprop", "muon", "adamw_8bit"])
+@pytest.mark.filterwarnings("ignore")  # bitsandbytes' own
+def test_an_optimizer_s_state_put_back_takes_the_same_next_step_to_the_bit(optim: str, tmp_path: Path) -> None:
+    if optim == "adamw_8bit":
+        pytest.importorskip("bitsandbytes")
+
     def step(model: Any, optimizers: Any, seed: int) -> None:
         torch.manual_seed(seed)
         for p in model.parameters():
@@ -190,12 +196,13 @@ def test_an_optimizer_s_state_put_back_takes_the_same_next_step_to_the_bit(optim
             optimizer.step()
 
     config = TrainingConfig(optim=optim, learning_rate=1e-2, weight_decay=0.1)  # type: ignore[arg-type]
-    whole, copy = tiny_llama(), tiny_llama()
+    whole, copy = (tiny_llama(hidden_size=128) for _ in range(2))  # 8-bit states begin at 4,096 weights
     first = make_optimizers(whole, config)
     step(whole, first, 1), step(whole, first, 2)
     copy.load_state_dict(whole.state_dict())
     second = make_optimizers(copy, config)
-    load_state_tensors(copy, second, {k: v.clone() for k, v in state_tensors(whole, first).items()})
+    save_file(state_tensors(whole, first), tmp_path / "state.safetensors")
+    load_state_tensors(copy, second, load_file(tmp_path / "state.safetensors"))
     step(whole, first, 3), step(copy, second, 3)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), copy.parameters(), strict=True))
 

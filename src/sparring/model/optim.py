@@ -62,24 +62,29 @@ def learning_rate(step: int, total: int, config: TrainingConfig) -> float:
 
 
 def state_tensors(model: Any, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """Every tensor of the optimizers' state, named ``weight's name/key``."""
+    """The optimizers' whole state as tensors that share no storage, named ``weight's name/key``; a plain int's key ends in ``#``."""
     names = {id(p): name for name, p in model.named_parameters()}
-    return {
-        f"{names[id(p)]}/{key}": value.detach().clone() if value.ndim == 0 else value.detach()
-        for optimizer in optimizers
-        for p, state in optimizer.state.items()
-        for key, value in state.items()
-        if isinstance(value, Tensor)
-    }
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for optimizer in optimizers:
+        for p, state in optimizer.state.items():
+            for key, value in state.items():
+                if isinstance(value, int):
+                    tensors[f"{names[id(p)]}/{key}#"] = torch.tensor(value)
+                elif isinstance(value, Tensor):
+                    shared = value.data_ptr() in seen or value.ndim == 0
+                    tensors[f"{names[id(p)]}/{key}"] = value.detach().clone() if shared else value.detach()
+                    seen.add(value.data_ptr())
+    return tensors
 
 
 def load_state_tensors(model: Any, optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
     """Put back what ``state_tensors`` took out."""
     names = {id(p): name for name, p in model.named_parameters()}
-    by_weight: dict[str, dict[str, Tensor]] = {}
+    by_weight: dict[str, dict[str, Tensor | int]] = {}
     for name, value in tensors.items():
         weight, _, key = name.rpartition("/")
-        by_weight.setdefault(weight, {})[key] = value
+        by_weight.setdefault(weight, {})[key.removesuffix("#")] = int(value) if key.endswith("#") else value
     for optimizer in optimizers:
         whole = optimizer.state_dict()
         weights = [p for group in optimizer.param_groups for p in group["params"]]
