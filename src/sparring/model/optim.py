@@ -62,7 +62,7 @@ def learning_rate(step: int, total: int, config: TrainingConfig) -> float:
 
 
 def state_tensors(model: Any, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """The optimizers' whole state as tensors that share no storage, named ``weight's name/key``; a plain int's key ends in ``#``."""
+    """The optimizers' whole state as tensors that share no storage, named ``weight's name/key``; an int's key ends in ``#``."""
     names = {id(p): name for name, p in model.named_parameters()}
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
