@@ -7,8 +7,6 @@ import pytest
 from small import pair
 
 from sparring.buffer import Buffer
-from sparring.data import parquet
-from sparring.records import Judgment, Pair, from_row, to_row
 
 PAIRS = [pair([n], [n, 2], [n + 1, 2]) for n in range(8)]
 
@@ -81,17 +79,3 @@ def test_a_buffer_from_disk_draws_what_the_first_would_have_drawn(mode: str, tmp
     first.add(PAIRS[:1]), second.add(PAIRS[:1])
     assert first.pairs == second.pairs
     assert [p.name for p in tmp_path.iterdir()] == ["buffer.parquet"]  # nothing half written is left
-
-
-def test_records_come_back_from_rows_and_files_with_the_field_s_columns(tmp_path: Path) -> None:
-    alone = pair([1], [2], None)
-    for each in (PAIRS[0], alone):
-        assert from_row(Pair, to_row(each)) == each
-    assert {"prompt", "chosen", "rejected"} <= to_row(PAIRS[0]).keys()
-    assert to_row(PAIRS[0])["chosen"] == "0 2"
-    parquet.write(tmp_path / "pairs.parquet", Pair, [PAIRS[0], alone] * 700, made="here")  # more than one chunk
-    assert list(parquet.read(tmp_path / "pairs.parquet", Pair)) == [PAIRS[0], alone] * 700
-    assert parquet.about(tmp_path / "pairs.parquet")["made"] == "here"
-    verdicts = [Judgment(0, 0, 1, None, "x"), Judgment(1, 1, 0, 0.25, "x")]
-    parquet.write(tmp_path / "judgments.parquet", Judgment, verdicts)
-    assert list(parquet.read(tmp_path / "judgments.parquet", Judgment)) == verdicts

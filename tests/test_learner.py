@@ -14,7 +14,6 @@ from sparring.config import TrainingConfig
 from sparring.data.packing import lay_out
 from sparring.methods.offline import DPO, KTO, SFT
 from sparring.methods.sapo import SAPO
-from sparring.model import ema
 from sparring.model.logps import span_sums, token_logps
 from sparring.model.optim import learning_rate, load_state_tensors, make_optimizers, state_tensors
 from sparring.records import tokens
@@ -221,19 +220,3 @@ def test_the_learning_rate_by_hand(kind: str, rates: dict[int, float]) -> None:
     config = TrainingConfig(learning_rate=1.0, lr_scheduler_type=kind, warmup_ratio=0.2)  # type: ignore[arg-type]
     for step, expected in rates.items():
         assert learning_rate(step, 10, config) == pytest.approx(expected), step
-
-
-def test_the_ema_by_hand_and_why_it_is_float32() -> None:
-    average, policy = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
-    with torch.no_grad():
-        average.weight.fill_(0.0), policy.weight.fill_(8.0)
-        for expected in (4.0, 6.0, 7.0):  # (8 + 0) / 2, (8 + 4) / 2, (8 + 6) / 2
-            ema.step(average, policy, 0.5)
-            assert average.weight.item() == expected
-        ema.step(average, policy, 0.0)
-        assert average.weight.item() == 8.0
-        # A step of 5e-7 times 0.01 at a weight of 1 survives in float32 and would be lost in bfloat16.
-        average.weight.fill_(1.0), policy.weight.fill_(1.0 + 1e-4)
-        ema.step(average, policy, 0.99)
-        assert average.weight.item() > 1.0
-        assert torch.tensor(1.0, dtype=torch.bfloat16) + torch.tensor(1e-6, dtype=torch.bfloat16) == 1.0
