@@ -117,8 +117,9 @@ def from_row(kind: type[R], row: Mapping[str, Any]) -> R:
     values: dict[str, Any] = {}
     for name, nested in _parts(typing.cast(Any, kind)):
         if nested is not None:
-            cells = {f.name: row.get(column(name, f.name)) for f in dataclasses.fields(nested)}
-            values[name] = None if cells["text"] is None else from_row(nested, cells)
+            columns = {f.name: column(name, f.name) for f in dataclasses.fields(nested)}
+            cells = {part: row[where] for part, where in columns.items() if where in row}
+            values[name] = None if cells.get("text") is None else from_row(nested, cells)
         elif name in row:
             value = row[name]
             is_list = isinstance(value, (list, tuple))
