@@ -260,3 +260,10 @@ def test_a_model_that_yields_only_nan_is_an_alarm_and_keeps_its_weights(rows: Pa
     )
     assert run.state == "stopped"
     assert "not finite" in run.message
+
+
+def test_a_rollback_without_a_checkpoint_is_a_stop(model: Path, rows: Path, tmp_path: Path) -> None:
+    keys = SMALL | {"model_name_or_path": model, "dataset_name": rows, "output_dir": tmp_path / "run"}
+    run = sparring.train(sparring.SFT, **keys, on_alarm="rollback", monitor_steps=1, max_kl=1e-12)
+    assert run.state == "stopped"
+    assert "from its start" in run.message

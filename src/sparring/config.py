@@ -123,7 +123,7 @@ class MonitorConfig:
 
     on_alarm: Literal["warn", "stop", "rollback"] = key(
         "warn",
-        "What an alarm does: warn; stop (saved, status stopped); rollback to the last checkpoint at half the learning rate",
+        "What an alarm does: warn; stop (saved first); rollback to the last checkpoint at half the learning rate, else stop",
     )
     monitor_steps: int = key(
         50, "Updates between measurements of the KL to the start; 0: never", unit="updates", least=0

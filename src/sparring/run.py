@@ -88,14 +88,18 @@ def _require_extras(config: Config) -> None:
 
 def _with_whole_paths(config: Config) -> Config:
     """The configuration with local files' full paths, so that a run can be resumed from anywhere."""
-    model, data = config.model, config.data
+    model, data, template = config.model, config.data, config.model.chat_template_path
 
     def whole(name: str) -> str:
         return str(Path(name).resolve()) if name and Path(name).exists() else name
 
     return replace(
         config,
-        model=replace(model, model_name_or_path=whole(model.model_name_or_path)),
+        model=replace(
+            model,
+            model_name_or_path=whole(model.model_name_or_path),
+            chat_template_path=template and whole(template),
+        ),
         data=replace(data, dataset_name=whole(data.dataset_name)),
     )
 

@@ -184,7 +184,8 @@ class Session:
             for text in news:
                 self.bars.say(f"alarm at update {now.step}: {text}", "bold yellow")
             if news and self.config.monitor.on_alarm != "warn":
-                if self.config.monitor.on_alarm == "rollback" and now.rollbacks < ROLLBACKS:
+                can = now.rollbacks < ROLLBACKS and checkpoint.found(self.journal.checkpoints)
+                if self.config.monitor.on_alarm == "rollback" and can:
                     self._roll_back(news)
                     return None
                 self._save()
@@ -222,13 +223,9 @@ class Session:
         checkpoint.save(self.journal.checkpoints, self.state, keep=keep, frozen_reference=frozen)
 
     def _roll_back(self, news: Sequence[str]) -> None:
-        """Back to the last checkpoint at half the learning rate; RuntimeError where there is none yet."""
+        """Back to the last checkpoint, at half the learning rate."""
         rollbacks, scale = self.state.counters.rollbacks + 1, self.state.counters.rate_scale / 2
         before = self.state.counters.step
-        if not checkpoint.found(self.journal.checkpoints):
-            raise RuntimeError(
-                f"{news[0]}, and there is no checkpoint to roll back to: lower save_steps or learning_rate"
-            )
         self.restore()
         now = self.state.counters
         now.rollbacks, now.rate_scale = rollbacks, scale

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparring.checkpoint import found
-from sparring.config import PARTS, keys_of, shown
+from sparring.config import BOUNDS, PARTS, ModelConfig, keys_of, shown
 from sparring.data import parquet
 from sparring.journal import Journal, read_lines
 from sparring.methods import METHODS
@@ -47,8 +47,6 @@ def inspect_view(folder: Path, *, round: int | None = None, count: int = 5) -> R
     """The pairs of a run's round, decoded with the run's own tokenizer; ValueError where there is no such run or round."""
     journal = Journal(folder)
     keys, _ = journal.configuration()
-    from sparring.config import ModelConfig
-
     where = folder / "model" if (folder / "model" / "tokenizer.json").exists() else keys["model_name_or_path"]
     tokenizer = load_tokenizer(ModelConfig(model_name_or_path=str(where)))
     return pairs_view(folder, lambda ids: str(tokenizer.decode(list(ids))), round=round, count=count)
@@ -146,7 +144,14 @@ def help_view(kind: type, parts: Sequence[str] = tuple(PARTS)) -> RenderableType
             _, hint = keys[f.name]
             default = vetted.get(f.name, f.default)
             value = "none" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
-            unit = f" [{f.metadata['unit']}]" if f.metadata["unit"] else ""
+            limits = [
+                f"{words} {f.metadata[bound]:g}"
+                for bound, (_, words) in BOUNDS.items()
+                if f.metadata[bound] is not None
+            ]
+            unit = (
+                f" [{', '.join(filter(None, (f.metadata['unit'], *limits)))}]" if f.metadata["unit"] or limits else ""
+            )
             shown_default = Text(f"  ({value})" if value else "", "cyan")
             table.add_row(
                 Text.assemble((f"--{f.name}", "bold"), "\n", (shown(hint), FAINT)),
