@@ -79,3 +79,39 @@ def test_a_buffer_from_disk_draws_what_the_first_would_have_drawn(mode: str, tmp
     first.add(PAIRS[:1]), second.add(PAIRS[:1])
     assert first.pairs == second.pairs
     assert [p.name for p in tmp_path.iterdir()] == ["buffer.parquet"]  # nothing half written is left
+
+
+def test_a_draw_counts_once_for_each_pair_that_it_gave() -> None:
+    buffer = Buffer(None, "replay")
+    buffer.add(PAIRS[:4])
+    times = Counter(p.serial for seed in range(30) for p in buffer.draw(2, seed))
+    assert buffer.drawn.tolist() == [times[n] for n in range(4)]
+    assert sum(times.values()) == 60
+    assert max(times.values()) - min(times.values()) <= 6  # the weights pull the counts together
+
+
+def test_an_emptied_buffer_gives_nothing_and_counts_anew() -> None:
+    buffer = Buffer(4, "epochs")
+    buffer.add(PAIRS[:4])
+    buffer.draw(4, 0)
+    buffer.keep(0)
+    assert (len(buffer), buffer.draw(3, 0), buffer.drawn.tolist()) == (0, [], [])
+    buffer.add(PAIRS[4:6])
+    assert buffer.drawn.tolist() == [0, 0]
+
+
+def test_more_pairs_than_fit_leave_the_newest() -> None:
+    buffer = Buffer(3, "replay")
+    buffer.add(PAIRS)
+    assert [p.chosen.token_ids[0] for p in buffer.pairs] == [5, 6, 7]
+    assert [p.serial for p in buffer.pairs] == [5, 6, 7]
+
+
+def test_the_same_seed_draws_the_same_pairs_and_another_seed_others() -> None:
+    def draws(seed: int) -> list[int]:
+        buffer = Buffer(None, "replay")
+        buffer.add(PAIRS)
+        return [p.serial for p in buffer.draw(4, seed)]
+
+    assert draws(5) == draws(5)
+    assert len({tuple(draws(seed)) for seed in range(20)}) > 10

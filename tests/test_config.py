@@ -1,5 +1,6 @@
 """Configuration: who overrides whom, and what is said of a wrong key or value."""
 
+import ast
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sparring.config import PARTS, keys_of, resolve
+from sparring.config import BOUNDS, PARTS, keys_of, resolve
 from sparring.methods import METHODS, method
 from sparring.methods.sapo import SAPO
 from sparring.recipes import read_recipe
@@ -79,3 +80,81 @@ def test_a_recipe_that_is_no_recipe_is_refused(tmp_path: Path) -> None:
     for name, words in (("list", "holds no keys"), ("bad", "is not YAML"), ("none", "no recipe")):
         with pytest.raises(ValueError, match=words):
             read_recipe(tmp_path / f"{name}.yaml")
+
+
+OWN = [(method(name), f) for name in METHODS for f in fields(method(name))]
+SHARED = [(SAPO, f) for part in PARTS.values() for f in fields(part)]
+BOUNDED = [(kind, f) for kind, f in OWN + SHARED if any(f.metadata[bound] is not None for bound in BOUNDS)]
+
+
+def outside(about: Any) -> list[tuple[float, float, str]]:
+    """Values just outside a key's bounds, with the bound and the words that name it."""
+    wrong = {"above": 0, "least": -1, "most": 1, "below": 0}
+    return [(about[b] + wrong[b], about[b], words) for b, (_, words) in BOUNDS.items() if about[b] is not None]
+
+
+@pytest.mark.parametrize(("kind", "field"), BOUNDED, ids=[f"{kind.name}-{f.name}" for kind, f in BOUNDED])
+def test_a_value_outside_its_range_is_shown_with_the_bound_and_what_the_key_means(kind: Any, field: Any) -> None:
+    name = field.name
+    for value, bound, words in outside(field.metadata):
+        with pytest.raises(ValueError) as caught:  # noqa: PT011
+            resolve(kind, {name: value})
+        text = str(caught.value)
+        assert text.startswith(f"{name} is {value}")
+        assert f"it must be {words} {bound}. {field.metadata['help']}" in text
+
+
+def test_a_choice_that_is_not_offered_is_shown_with_all_that_are_and_the_nearest() -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        resolve(SAPO, {"lr_scheduler_type": "cosin"})
+    text = str(caught.value)
+    assert "lr_scheduler_type is 'cosin'" in text
+    assert "linear, cosine, constant, constant_with_warmup, inverse_sqrt" in text
+    assert "did you mean 'cosine'?" in text
+
+
+def test_an_unknown_key_that_is_near_to_nothing_is_named_without_a_guess() -> None:
+    with pytest.raises(ValueError, match=r"^unknown key 'zzzz' for sapo$"):
+        resolve(SAPO, {"zzzz": 1})
+
+
+def test_a_recipe_s_5e_7_is_text_to_yaml_and_a_number_to_us(tmp_path: Path) -> None:
+    (tmp_path / "fast.yaml").write_text("learning_rate: 5e-7\nsave_steps: 1e2\nmax_samples: none\n")
+    config = resolve(SAPO, {"learning_rate": "5e-7", "save_steps": "1e2", "max_samples": "none"})
+    assert (config.training.learning_rate, config.run.save_steps, config.data.max_samples) == (5e-7, 100, None)
+    import yaml
+
+    keys = yaml.safe_load((tmp_path / "fast.yaml").read_text())
+    assert keys["learning_rate"] == "5e-7"  # YAML 1.1 wants 5.0e-7
+    assert resolve(SAPO, keys) == config
+
+
+def test_a_column_map_is_read_from_text_with_spaces_and_from_a_mapping() -> None:
+    expected = {"prompt": "question", "completion": "answer"}
+    for given in ("prompt=question, completion=answer", expected, {"prompt": "question", "completion": "answer"}):
+        assert resolve(SAPO, {"column_map": given}).data.column_map == expected
+    for wrong in ("prompt=", "=question", "prompt=question,,"):
+        with pytest.raises(ValueError, match="write it as prompt=question,completion=answer"):
+            resolve(SAPO, {"column_map": wrong})
+
+
+def test_only_the_parts_that_a_command_has_may_be_given() -> None:
+    with pytest.raises(ValueError, match="unknown key 'seed'"):
+        resolve(SAPO, {"seed": 1}, parts=("training",))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_key_is_read_by_code_and_not_only_named_in_prose(name: str) -> None:
+    read: set[str] = set()
+    for path in SRC.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                read.add(node.attr)
+    assert keys_of(method(name)).keys() - read == set()
+
+
+@pytest.mark.parametrize("given", [{"segment_tokens": "12"}, {"segment_tokens": 12.0}])
+def test_a_method_instance_s_values_are_read_as_their_types_like_any_other(given: dict[str, Any]) -> None:
+    value = resolve(SAPO(**given)).method.segment_tokens
+    assert value == 12
+    assert isinstance(value, int)

@@ -1,6 +1,7 @@
 """Generation: the same tokens as transformers' own where there is no chance, the same distribution where there is."""
 
 import contextlib
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -111,3 +112,85 @@ def test_samples_of_a_model_follow_its_softmax() -> None:
     chi_square = ((found - expected * 4000) ** 2 / (expected * 4000))[likely].sum().item()
     freedom = int(likely.sum())
     assert chi_square < freedom + 4 * (2 * freedom) ** 0.5
+
+
+@torch.no_grad()
+def test_greedy_rows_of_different_limits_are_generate_s_own_with_those_limits() -> None:
+    model, limits = tiny_llama(3).double(), [3, 9, 1, 12, 6]
+    written = writer(model, batch_size=3).write(requests(limits), Sampling(temperature=0))
+    for p, limit, mine in zip(PROMPTS, limits, written, strict=True):
+        options = {"do_sample": False, "max_new_tokens": limit, "pad_token_id": PAD, "eos_token_id": END}
+        theirs = model.generate(torch.tensor([p]), attention_mask=torch.ones(1, len(p)), **options)[0, len(p) :]
+        assert list(mine.token_ids) == theirs.tolist()
+
+
+@torch.no_grad()
+def test_a_row_draws_the_same_when_its_neighbours_leave_the_batch() -> None:
+    model = tiny_llama().double()
+    model.model.embed_tokens.weight[END] *= 2.0
+    asked, sampling = requests([9, 2, 7, 9, 4], first_seed=70), Sampling(temperature=1.2, top_p=0.95, top_k=40)
+    together = writer(model).write(asked, sampling)
+    assert together == [writer(model).write([each], sampling)[0] for each in asked]
+    assert together == writer(model).write(asked[::-1], sampling)[::-1]
+    assert len({len(each.token_ids) for each in together}) > 2
+    assert {each.finished for each in together} == {True, False}
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 1.0])
+@pytest.mark.parametrize("top_k", [0, 1, 3, 99])
+def test_the_tokens_that_can_be_drawn_are_those_that_transformers_keeps(
+    temperature: float, top_p: float, top_k: int
+) -> None:
+    torch.manual_seed(1)
+    logits = torch.randn(5, 8)
+    kept = TemperatureLogitsWarper(temperature)(None, logits.clone())
+    if top_k:
+        kept = TopKLogitsWarper(top_k)(None, kept)
+    if top_p < 1:
+        kept = TopPLogitsWarper(top_p)(None, kept)
+    draws = torch.arange(4000, dtype=torch.float64) / 4000
+    for row in range(5):
+        chosen = choose(logits[row].expand(4000, -1), draws, Sampling(temperature, top_p, top_k))
+        assert chosen.unique().tolist() == kept[row].isfinite().nonzero().flatten().tolist()
+
+
+def test_random_draws_pass_a_chi_square_test_against_the_exact_softmax() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
+    count, temperature = 20_000, 0.7
+    weights = [math.exp(x / temperature) for x in logits[0].tolist()]
+    draws = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    found = torch.bincount(choose(logits.expand(count, -1), draws, Sampling(temperature)), minlength=4).tolist()
+    expected = [count * weight / sum(weights) for weight in weights]
+    chi_square = sum((f - e) ** 2 / e for f, e in zip(found, expected, strict=True))
+    assert chi_square < 16.3  # 3 degrees of freedom: exceeded once in a thousand
+
+
+def test_the_first_and_the_last_draw_stay_inside_the_distribution() -> None:
+    # 0.6, 0.3, 0.1 of which top_p 0.7 keeps two: below 2/3 the first, from there the second, never the third.
+    logits = torch.tensor([[0.6, 0.3, 0.1]]).log()
+    draws = torch.tensor([0.0, 0.66, 0.67, 1 - 2**-53], dtype=torch.float64)
+    assert choose(logits.expand(4, -1), draws, Sampling(1.0, 0.7)).tolist() == [0, 0, 1, 1]
+
+
+def test_a_draw_of_0_takes_the_first_token_that_has_any_probability() -> None:
+    logits = torch.tensor([[-math.inf, 0.0, 0.0]])
+    assert choose(logits, torch.zeros(1, dtype=torch.float64), Sampling()).tolist() == [1]
+
+
+def test_temperature_0_takes_the_likeliest_whatever_is_drawn_and_changes_no_argument() -> None:
+    logits = torch.tensor([[0.0, 3.0, 1.0], [2.0, -1.0, 1.9]])
+    draws = torch.tensor([0.999, 0.0], dtype=torch.float64)
+    copies = logits.clone(), draws.clone()
+    assert choose(logits, draws, Sampling(temperature=0, top_p=0.9, top_k=2)).tolist() == [1, 0]
+    choose(logits, draws, Sampling(0.5, 0.6, 2))
+    assert torch.equal(logits, copies[0])
+    assert torch.equal(draws, copies[1])
+
+
+@torch.no_grad()
+def test_a_row_that_may_write_nothing_writes_nothing_whatever_stands_beside_it() -> None:
+    asked = requests([0, 3, 3, 3, 3])
+    alone = writer(tiny_llama()).write(asked[:1], Sampling())[0]
+    assert list(alone.token_ids) == []
+    assert writer(tiny_llama()).write(asked, Sampling())[0] == alone

@@ -1,7 +1,8 @@
 """An update's mathematics: log-probs, gradients, references, terms and schedules against dense computations by hand."""
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ from small import PAD, learner, pair, tiny_llama
 
 from sparring.config import TrainingConfig
 from sparring.data.packing import lay_out
-from sparring.methods.offline import DPO, KTO, SFT
+from sparring.methods.offline import DPO, KTO, SFT, SimPO
 from sparring.methods.sapo import SAPO
 from sparring.model.logps import span_sums, token_logps
 from sparring.model.optim import learning_rate, load_state_tensors, make_optimizers, state_tensors
-from sparring.records import tokens
+from sparring.records import Pair, tokens
 
 PAIRS = [
     pair([5, 6, 7], [10, 11, 12, 2], [10, 11, 40, 41, 2]),
@@ -213,10 +214,144 @@ def test_an_optimizer_s_state_put_back_takes_the_same_next_step_to_the_bit(optim
         ("cosine", {1: 2 / 3, 2: 1.0, 6: 0.5, 4: 0.5 * (1 + math.cos(math.pi / 4))}),
         ("constant", {0: 1.0, 9: 1.0}),
         ("constant_with_warmup", {0: 1 / 3, 2: 1.0, 9: 1.0}),
-        ("inverse_sqrt", {0: 1 / 3, 2: math.sqrt(2 / 3), 7: 0.5}),
+        ("inverse_sqrt", {0: 1 / 3, 2: 1.0, 8: 0.5}),
     ],
 )
 def test_the_learning_rate_by_hand(kind: str, rates: dict[int, float]) -> None:
     config = TrainingConfig(learning_rate=1.0, lr_scheduler_type=kind, warmup_ratio=0.2)  # type: ignore[arg-type]
     for step, expected in rates.items():
         assert learning_rate(step, 10, config) == pytest.approx(expected), step
+
+
+SEGMENTS = [  # as SAPO makes them: a shared start, a rewritten segment that is scored, a shared tail
+    pair([5, 6, 7], [10, 11, 12, 13, 2], [10, 40, 41, 13, 2], (1, 3), (1, 3)),
+    pair([8, 9], [20, 21, 22, 2], [20, 2], (1, 3), (1, 2)),
+    pair([5, 9, 9, 9, 9], [30, 31, 32, 33, 34, 2], [50, 51, 32, 33, 34, 2], (0, 2), (0, 2)),
+    pair([7], [13, 14, 2], [13, 15, 2], (1, 2), (1, 2)),
+]
+
+
+def span_sum(model: Any, each: Pair, side: str) -> torch.Tensor:
+    """The log-prob, with gradient, of a side's scored span: full logits of one sequence, shifted here."""
+    answer, (start, stop) = getattr(each, side).token_ids, getattr(each, f"{side}_scored")
+    ids, first = torch.tensor([[*each.prompt_token_ids, *answer]]), len(each.prompt_token_ids)
+    logps = model(ids).logits[0].log_softmax(-1)
+    return sum((logps[first + i - 1, answer[i]] for i in range(start, stop)), torch.zeros(()))
+
+
+def margin(model: Any, reference: Any, each: Pair) -> torch.Tensor:
+    """DPO's h of a pair."""
+    with torch.no_grad():
+        base = span_sum(reference, each, "chosen") - span_sum(reference, each, "rejected")
+    return span_sum(model, each, "chosen") - span_sum(model, each, "rejected") - base
+
+
+def test_scored_segments_give_the_dense_gradient_for_micro_batches_of_1_2_and_4() -> None:
+    model, reference = tiny_llama().double(), tiny_llama(seed=1).double()
+    losses = [-torch.nn.functional.logsigmoid(0.1 * margin(model, reference, each)) for each in SEGMENTS]
+    torch.stack(losses).mean().backward()
+    expected = gradients(model)
+    for size in (1, 2, 4):
+        made = learner(SAPO(), tiny_llama().double(), reference, per_device_train_batch_size=size)
+        error = (capture(made, SEGMENTS) - expected).norm() / expected.norm()
+        assert error < 1e-5, f"micro-batches of {size}: {error}"
+
+
+def test_the_reference_s_log_probs_are_the_reference_s_and_carry_no_gradient() -> None:
+    model, reference = tiny_llama(), tiny_llama(seed=1)
+    logps = learner(DPO(), model, reference).log_probs(SEGMENTS, mean_tokens=1.0, kl=torch.zeros(()))
+    with torch.no_grad():
+        for n, each in enumerate(SEGMENTS):
+            for side in ("chosen", "rejected"):
+                ours, theirs = getattr(logps, side)[n], getattr(logps, f"ref_{side}")[n]
+                assert ours.item() == pytest.approx(span_sum(model, each, side).item(), rel=1e-4)
+                assert theirs.item() == pytest.approx(span_sum(reference, each, side).item(), rel=1e-4)
+    assert logps.chosen.requires_grad
+    assert not logps.ref_chosen.requires_grad
+    assert not logps.ref_rejected.requires_grad
+
+
+def test_all_reward_metrics_by_hand_over_two_micro_batches() -> None:
+    model, reference = tiny_llama(), tiny_llama(seed=1)
+    with torch.no_grad():
+        better, worse = (
+            [(span_sum(model, p, side) - span_sum(reference, p, side)).item() for p in PAIRS]
+            for side in ("chosen", "rejected")
+        )
+    metrics = learner(DPO(beta=0.3), model, reference, per_device_train_batch_size=3).update(PAIRS, 0)
+    wins = [a > b for a, b in zip(better, worse, strict=True)]
+    assert 0 < sum(wins) < 4  # so that the share below is neither
+    assert metrics["rewards/chosen"] == pytest.approx(0.3 * sum(better) / 4, rel=1e-4)
+    assert metrics["rewards/rejected"] == pytest.approx(0.3 * sum(worse) / 4, rel=1e-4)
+    assert metrics["rewards/margins"] == pytest.approx(0.3 * (sum(better) - sum(worse)) / 4, rel=1e-4)
+    assert metrics["rewards/accuracies"] == sum(wins) / 4
+
+
+def test_without_a_reference_rewards_are_beta_times_the_token_mean_log_prob() -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        means = [(span_sum(model, p, "chosen") / len(p.chosen.token_ids)).item() for p in PAIRS]
+    metrics = learner(SimPO(beta=2.0), model).update(PAIRS, 0)
+    assert metrics["rewards/chosen"] == pytest.approx(2.0 * sum(means) / 4, rel=1e-4)
+
+
+def test_kto_s_loss_by_hand_with_its_baseline() -> None:
+    model, reference = tiny_llama(), tiny_llama(seed=1)
+    with torch.no_grad():
+
+        def ratio(each: Pair, side: str) -> float:
+            return float(span_sum(model, each, side) - span_sum(reference, each, side))
+
+        others = [replace(a, chosen=b.chosen, chosen_scored=b.chosen.whole) for a, b in pairwise([*PAIRS, PAIRS[0]])]
+        baseline = 0.1 * max(0.0, sum(ratio(each, "chosen") for each in others) / 4)
+        sigmoid = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
+        expected = sum(
+            (1 - sigmoid(0.1 * ratio(p, "chosen") - baseline)) + (1 - sigmoid(baseline - 0.1 * ratio(p, "rejected")))
+            for p in PAIRS
+        )
+    metrics = learner(KTO(beta=0.1), model, reference, per_device_train_batch_size=2).update(PAIRS, 0)
+    assert metrics["loss"] == pytest.approx(expected / 4, rel=1e-4)
+
+
+def test_a_skipped_update_is_as_if_it_had_not_been() -> None:
+    @dataclass(frozen=True)
+    class Broken(DPO):
+        """A loss that is not a number."""
+
+        def preference(self, logps: Any) -> torch.Tensor:
+            return super().preference(logps) * math.nan
+
+    ends = []
+    for bad in (False, True):
+        made = learner(DPO(), tiny_llama(), tiny_llama(seed=1), optim="rmsprop")
+        made.update(PAIRS, 0)
+        if bad:
+            made.method = Broken()
+            assert made.update(PAIRS, 1)["skipped"] == 1
+            made.method = DPO()
+        assert made.update(PAIRS, 1)["skipped"] == 0
+        ends.append(made.roles.policy)
+    assert all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in ends), strict=True))
+
+
+def test_the_gradient_is_scaled_down_to_max_grad_norm_and_never_up() -> None:
+    def handed_over(limit: float) -> tuple[torch.Tensor, float]:
+        made = learner(DPO(), tiny_llama(), tiny_llama(seed=1), max_grad_norm=limit)
+        seen: list[torch.Tensor] = []
+        made.optimizers[0].step = lambda: seen.append(gradients(made.roles.policy).clone())  # type: ignore[assignment]
+        return seen[0] if (metrics := made.update(PAIRS, 0)) and seen else torch.zeros(0), metrics["grad_norm"]
+
+    whole, norm = handed_over(0.0)
+    assert float(whole.norm()) == pytest.approx(norm, rel=1e-5)
+    cut, reported = handed_over(norm / 4)
+    assert reported == pytest.approx(norm)  # the metric is the norm before
+    torch.testing.assert_close(cut, whole / 4, rtol=1e-4, atol=1e-8)
+    assert torch.equal(handed_over(norm * 4)[0], whole)
+
+
+def test_warmup_steps_override_the_ratio_and_a_rollback_s_scale_reaches_the_optimizer() -> None:
+    config = TrainingConfig(learning_rate=1.0, warmup_ratio=0.5, warmup_steps=3)
+    assert [learning_rate(step, 7, config) for step in range(7)] == [0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25]
+    made = learner(DPO(), tiny_llama(), learning_rate=0.5, warmup_ratio=0.0, lr_scheduler_type="constant")
+    assert made.update(PAIRS, 0, rate_scale=0.25)["learning_rate"] == 0.125
+    assert {group["lr"] for optimizer in made.optimizers for group in optimizer.param_groups} == {0.125}

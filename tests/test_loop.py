@@ -10,7 +10,7 @@ from small import END, Script, context, learner, prompt, tiny_llama
 from sparring.buffer import Buffer
 from sparring.checkpoint import TrainState
 from sparring.learner import Learner
-from sparring.loop import Round, Update, play, take
+from sparring.loop import BARREN_ROUNDS, Round, Update, play, take
 from sparring.methods.sapo import SAPO
 from sparring.model.policy import Roles
 from sparring.seeds import Seeds
@@ -116,3 +116,101 @@ def test_the_stream_of_prompts_shows_each_once_an_epoch_in_a_new_order() -> None
     assert all(sorted(epoch) == list(range(6)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
     assert [p.id for p in take(PROMPTS, 4, 5, seeds)] == stream[4:9]
+
+
+def test_the_ema_s_and_the_reference_s_weights_are_exact_after_every_update() -> None:
+    state, events = game(BASE)
+    policies, averages, references = ([flat(state.roles.policy)] for _ in range(3))
+    for event in events:
+        if isinstance(event, Update):
+            policies.append(flat(state.roles.policy))
+            averages.append(flat(state.roles.ema))
+            references.append(flat(state.roles.reference))
+    assert len({tuple(p[:50].tolist()) for p in policies}) == 7  # the policy did move at every update
+    second = torch.lerp(policies[0], policies[2], 0.5)
+    fourth = torch.lerp(second, policies[4], 0.5)
+    sixth = torch.lerp(fourth, policies[6], 0.5)
+    first = policies[0]
+    by_hand = [first, first, second, second, fourth, fourth, sixth]
+    # At update 3 the reference copies the average of update 2; at update 6 the average moves first.
+    copied = [first, first, first, second, second, second, sixth]
+    for step in range(7):
+        assert torch.equal(averages[step], by_hand[step]), step
+        assert torch.equal(references[step], copied[step]), step
+
+
+def test_four_rounds_ahead_have_the_prompts_segments_and_seeds_of_one_at_a_time() -> None:
+    def rounds(ahead: int) -> tuple[list[Round], Script]:
+        script = Script()
+        events = list(game(replace(BASE, generate_ahead=ahead), script, total=8)[1])
+        return [e for e in events if isinstance(e, Round)], script
+
+    (one, each), (four, together) = rounds(1), rounds(4)
+    assert each.asked == together.asked  # prompts, limits and seeds, across the epoch's end after three rounds
+    for a, b in zip(one, four, strict=True):
+        assert [replace(p, written_at=0, serial=0) for p in a.pairs] == [
+            replace(p, written_at=0, serial=0) for p in b.pairs
+        ]
+    assert [p.written_at for r in four for p in r.pairs] == [0] * 8 + [4] * 8
+    assert [len(r.groups) for r in four] == [8, 0, 0, 0, 8, 0, 0, 0]
+    assert [r.lengths for r in one] == [r.lengths for r in four]
+
+
+def test_staleness_is_the_updates_since_the_writing_and_is_0_to_3_with_four_rounds_ahead_and_no_buffer() -> None:
+    _, events = game(replace(BASE, generate_ahead=4, buffer_size=0), total=8)
+    found = [e.metrics["buffer/staleness"] for e in events if isinstance(e, Update)]
+    assert found == [0, 1, 2, 3, 0, 1, 2, 3]
+
+
+def test_a_replay_buffer_lets_an_update_see_earlier_rounds() -> None:
+    _, events = game(BASE, total=6)
+    updates = [e.metrics for e in events if isinstance(e, Update)]
+    assert [m["buffer/size"] for m in updates] == [2, 4, 6, 8, 10, 12]
+    assert any(m["buffer/staleness"] > 0 for m in updates)
+
+
+class Mostly(Script):
+    """Writes the human text again, except at its calls of the numbers ``good``."""
+
+    def __init__(self, *good: int) -> None:
+        super().__init__()
+        self.calls, self.good = 0, good
+
+    def write(self, requests: Any, sampling: Any) -> Any:
+        self.calls += 1
+        humans = {p.token_ids[1]: p.human.token_ids for p in PROMPTS if p.human}
+        self.writings = []
+        for request in requests:
+            human, start = humans[request.token_ids[1]], len(request.token_ids) - 2
+            copy = list(human[start : start + request.max_new_tokens])
+            self.writings.append([60] if self.calls in self.good else copy)
+        return super().write(requests, sampling)
+
+
+def test_24_barren_rounds_are_borne_and_the_next_pairs_are_trained_on() -> None:
+    state, events = game(BASE, Mostly(BARREN_ROUNDS), total=1)
+    seen = [type(e).__name__ for e in events]
+    assert seen == ["Round"] * BARREN_ROUNDS + ["Update"]
+    assert state.counters.round == BARREN_ROUNDS
+    assert state.counters.step == 1
+
+
+def test_25_barren_rounds_end_the_run_before_any_update() -> None:
+    state, events = game(BASE, Mostly(BARREN_ROUNDS + 1), total=1)
+    with pytest.raises(ValueError, match=rf"^{BARREN_ROUNDS} rounds gave no pair"):
+        list(events)
+    assert state.counters.step == 0
+
+
+def test_a_round_takes_up_the_stream_of_prompts_where_the_last_left_it() -> None:
+    state, events = game(BASE, total=6)
+    seen = [g.prompt.id for e in events if isinstance(e, Round) for g in e.groups]
+    assert seen == [p.id for p in take(PROMPTS, 0, 12, Seeds(1))]
+    assert sorted(seen[:6]) == sorted(seen[6:]) == list(range(6))
+    assert state.counters.visits == 12
+
+
+def test_barren_rounds_are_counted_in_a_row() -> None:
+    state, events = game(replace(BASE, buffer_size=0), Mostly(20, 40), total=2)  # 19 barren rounds, twice
+    assert sum(isinstance(e, Round) for e in events) == 40
+    assert state.counters.step == 2

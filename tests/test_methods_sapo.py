@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small import END, Script, context, prompt
+from small import END, Script, context, prompt, response
 
 from sparring import losses
 from sparring.methods.base import LogProbs
 from sparring.methods.sapo import SAPO
+from sparring.records import tokens
 
 HUMAN = [10, 11, 12, 13, 14, 15, 16, 17, 18, END]  # C = 10
 
@@ -166,3 +167,66 @@ def test_the_ablations_are_settings() -> None:
     assert SAPO(loss_type="orpo").cadence(8, 5).reference == "none"
     assert SAPO().cadence(8, 5).reference_every == 5  # none: an epoch
     assert SAPO(reference_every=108).cadence(8, 5).reference_every == 108
+
+
+@pytest.mark.parametrize("regenerate", ["segment", "rest", "response"])
+def test_responses_cut_at_max_length_keep_a_random_segment_and_never_outgrow_it(regenerate: str) -> None:
+    # The published code (L = 40, P = 10, N = 8) pins such a segment to the window's last 8 tokens: t = 40 - 10 - 8 = 22.
+    method = SAPO(segment_tokens=8, regenerate=regenerate)  # type: ignore[arg-type]
+    cut = replace(prompt(0, range(10, 20), range(20, 50)), human=response(range(20, 50), finished=False))
+    starts = set()
+    for visit in range(300):
+        script = Script([60] * 99)
+        human, rewritten = method.respond([cut], visit, context(script, max_length=40))[0].responses
+        starts.add(human.segment[0])
+        assert 10 + len(rewritten.token_ids) == 40  # a writer that never stops fills the room exactly
+        assert not rewritten.finished
+        if regenerate == "segment":
+            assert list(rewritten.token_ids[human.segment[1] :]) == list(range(20 + human.segment[1], 50))
+            assert 30 - human.segment[1] >= 3
+    assert starts == ({0} if regenerate == "response" else set(range(20)))  # 30 - 3 - 8 = 19
+
+
+def test_the_tail_has_at_least_3_tokens_wherever_there_is_one() -> None:
+    method = SAPO(segment_tokens=4)
+    for length in range(1, 20):
+        for seed in range(40):
+            start, stop = method.draw_segment(length, random.Random(seed))
+            assert stop - start == min(4, length)
+            assert length - stop >= 3 or (start == 0 and length <= 7)
+
+
+def test_several_rewritings_of_a_prompt_are_each_paired_with_the_human_response() -> None:
+    method = SAPO(segment_tokens=4, responses_per_prompt=3)
+    script = Script([40], [41], [42])
+    groups = method.respond([prompt(0, [5, 6], HUMAN)], 7, context(script))
+    made = method.pair(groups, method.judge(groups, context(script)))
+    assert [p.rejected.token_ids[p.rejected.segment[0]] for p in made.pairs if p.rejected] == [40, 41, 42]
+    assert all(p.chosen.token_ids == tokens(HUMAN) for p in made.pairs)
+    assert len({request.seed for request in script.asked}) == 3
+
+
+@pytest.mark.parametrize("regenerate", ["segment", "rest", "response"])
+@pytest.mark.parametrize("score", ["response", "segment", "to_segment_end"])
+def test_the_scored_spans_of_every_form(regenerate: str, score: str) -> None:
+    method = SAPO(segment_tokens=4, regenerate=regenerate, score=score)  # type: ignore[arg-type]
+    start = 0 if regenerate == "response" else 2
+    group, script = rewrite(method, [40, 41, END], start=start)  # an end of turn in B': no tail in any form
+    (made,) = method.pair([group], method.judge([group], context(script))).pairs
+    stop = 6 if regenerate == "segment" else 10
+    expected = {
+        "response": ((0, 10), (0, start + 3)),
+        "segment": ((start, stop), (start, start + 3)),
+        "to_segment_end": ((0, stop), (0, start + 3)),
+    }
+    assert (made.chosen_scored, made.rejected_scored) == expected[score]
+
+
+def test_a_segment_s_preference_ignores_the_tail_and_the_response_s_does_not() -> None:
+    group, script = rewrite(SAPO(segment_tokens=4), [40, 41], start=2)
+    spans = {}
+    for score in ("response", "segment", "to_segment_end"):
+        method = SAPO(segment_tokens=4, score=score)  # type: ignore[arg-type]
+        (made,) = method.pair([group], method.judge([group], context(script))).pairs
+        spans[score] = made.rejected_scored
+    assert spans == {"response": (0, 8), "segment": (2, 4), "to_segment_end": (0, 4)}  # 2 + 2 written + 4 of the tail

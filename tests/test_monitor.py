@@ -72,3 +72,56 @@ def test_tensorboard_gets_the_metrics(tmp_path: Any) -> None:
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 0.5), (2, 0.25)]
     assert isinstance(tracker("none", tmp_path, "a run", {}), NoTracker)
+
+
+LIMITS = {"kl/start": 1.0, "logps/chosen_drop": 0.5, "length/drift": 2.0, "pairs/dropped": 0.9, "skipped": 0.5}
+
+
+@pytest.mark.parametrize("metric", LIMITS)
+def test_every_alarm_sounds_once_is_silent_at_its_limit_and_sounds_again_only_after_recovery(metric: str) -> None:
+    monitor, limit = Monitor(MonitorConfig(), {}), LIMITS[metric]
+    course = [limit, limit + 0.1, limit + 5, math.nan, math.inf, limit, limit + 0.1]
+    assert [len(monitor.alarms({metric: value})) for value in course] == [0, 1, 0, 0, 0, 0, 1]
+
+
+@pytest.mark.parametrize("metric", LIMITS)
+def test_a_metric_that_is_not_a_number_is_an_alarm(metric: str) -> None:
+    assert len(Monitor(MonitorConfig(), {}).alarms({metric: math.nan})) == 1
+
+
+def test_alarms_are_apart_and_an_absent_metric_neither_sounds_nor_ends_one() -> None:
+    monitor = Monitor(MonitorConfig(), {})
+    assert len(monitor.alarms({"kl/start": 2.0})) == 1
+    assert monitor.alarms({}) == []
+    assert len(monitor.alarms({"kl/start": 2.0, "skipped": 1.0})) == 1  # the second only
+    assert monitor.alarms({"kl/start": 0.0, "skipped": 1.0}) == []
+    assert len(monitor.alarms({"kl/start": 2.0, "skipped": 1.0})) == 1  # the first again
+
+
+def test_lengths_are_held_against_the_first_64_responses_and_no_later_ones() -> None:
+    monitor = Monitor(MonitorConfig(), {})
+    monitor.round([10] * 60, 60, {})
+    second = monitor.round([20] * 10, 10, {})
+    assert second["length/generated"] == 20
+    assert second["length/drift"] == pytest.approx(20 / ((60 * 10 + 4 * 20) / 64))  # 4 of the 10 still belong
+    third = monitor.round([40] * 100, 100, {})
+    assert third["length/drift"] == pytest.approx(40 / 10.625)
+
+
+def test_a_round_that_generated_nothing_has_no_length_and_one_without_pairs_drops_none() -> None:
+    assert Monitor(MonitorConfig(), {}).round([], 0, {}) == {"pairs/new": 0.0, "pairs/dropped": 0.0}
+    assert Monitor(MonitorConfig(), {}).round([5], 0, {"not judged": 2}) == {
+        "pairs/new": 0.0,
+        "pairs/dropped": 1.0,
+        "pairs/dropped_not_judged": 2.0,
+        "length/generated": 5.0,
+        "length/drift": 1.0,
+    }
+
+
+def test_a_log_prob_that_is_not_finite_does_not_enter_the_baseline() -> None:
+    monitor = Monitor(MonitorConfig(), {})
+    assert monitor.update({"logps/chosen_per_token": math.nan}) == {}
+    monitor.update({"logps/chosen_per_token": -1.0})
+    assert monitor.update({"logps/chosen_per_token": -2.0}) == {"logps/chosen_drop": 0.0}
+    assert monitor.memory["first_logps"] == [-1.0, -2.0]

@@ -119,7 +119,6 @@ def test_a_row_that_lacks_a_column_gets_the_field_s_default() -> None:
     assert (back.written_at, back.round, back.serial) == (0, 0, -1)
 
 
-# BUG shown: from_row fills a nested record's absent columns with None, where a record's own absent columns get their defaults.
 def test_a_row_that_lacks_a_response_s_column_gets_that_field_s_default_too() -> None:
     row = {k: v for k, v in to_row(WHOLE).items() if k not in ("chosen_finished", "chosen_segment")}
     back = from_row(Pair, row)

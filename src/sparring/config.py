@@ -197,7 +197,9 @@ def resolve(method: type | Any, *layers: Mapping[str, Any], parts: Iterable[str]
             if name not in known:
                 raise ValueError(f"unknown key {name!r} for {kind.name}{nearest(name, known)}")  # type: ignore[attr-defined]
             chosen[name] = _read(name, value, known[name][1])
-    base = {} if isinstance(method, type) else {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
+    base: dict[str, Any] = {}
+    if not isinstance(method, type):
+        base = {f.name: _read(f.name, getattr(method, f.name), known[f.name][1]) for f in dataclasses.fields(method)}
     made = {name: part(**_mine(part, chosen)) for name, part in PARTS.items()}
     config = Config(method=kind(**(base | _mine(kind, chosen))), **made)
     for part in (config.method, *made.values()):
@@ -224,8 +226,8 @@ def check(part: Any) -> None:
         _read(f.name, value, hints[f.name])
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
-        if math.isnan(value):
-            raise ValueError(f"{f.name} is nan: give a number")
+        if not math.isfinite(value):
+            raise ValueError(f"{f.name} is {value}: give a finite number")
         for bound, (holds, words) in BOUNDS.items():
             limit = about.get(bound)
             if limit is not None and not holds(value, limit):

@@ -88,7 +88,7 @@ class LocalWriter:
                 .float()
             )
             token = choose(logits, draws[rows, step], sampling)
-            out[rows, step] = token
+            out[rows, step] = torch.where(limits[rows] > step, token, -1)
             going = ~torch.isin(token, ends) & (limits[rows] > step + 1)
             left = int(going.sum())
             if left == 0:

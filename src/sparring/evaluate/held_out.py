@@ -85,7 +85,7 @@ def evaluate(
     def answers(how: Sampling) -> list[Sample]:
         seeds = Seeds(settings.seed)
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-        rooms = [int(min(settings.max_new_tokens, limit - len(p.token_ids))) for p in prompts]
+        rooms = [max(0, int(min(settings.max_new_tokens, limit - len(p.token_ids)))) for p in prompts]
         requests = [Request(p.token_ids, room, seeds("evaluate", p.id)) for p, room in zip(prompts, rooms, strict=True)]
         samples = []
         for prompt, writing in zip(prompts, writer.write(requests, how), strict=True):

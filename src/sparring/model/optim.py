@@ -56,7 +56,7 @@ def learning_rate(step: int, total: int, config: TrainingConfig) -> float:
         "cosine": 0.5 * (1.0 + math.cos(math.pi * share)),
         "constant": 1.0,
         "constant_with_warmup": 1.0,
-        "inverse_sqrt": math.sqrt(max(warmup, 1) / max(step + 1, max(warmup, 1))),
+        "inverse_sqrt": math.sqrt(max(warmup, 1) / max(step, warmup, 1)),
     }
     return config.learning_rate * max(0.0, shapes[kind])
 
