@@ -19,7 +19,6 @@ from sparring.buffer import Buffer
 from sparring.card import model_card, save_result
 from sparring.checkpoint import TrainState
 from sparring.config import Config
-from sparring.data.chat import Chat
 from sparring.data.datasets import Loaded, load
 from sparring.interrupt import asked_to_stop
 from sparring.journal import Journal, read_lines, tracker
@@ -74,20 +73,14 @@ class Session:
         device = policy.pick_device(config.model.device)
         if model is None:
             policy.check_causal(config.model)
-        tokenizer = tokenizer or policy.load_tokenizer(config.model)
-        ends = policy.generation_ends(config.model) if model is None else policy.ends_of(model.generation_config)
-        self.chat = Chat(
-            tokenizer,
-            apply_chat_template=config.model.apply_chat_template,
-            chat_template_path=config.model.chat_template_path,
-            eos_token_ids=ends,
-        )
+        ends = None if model is None else policy.ends_of(model.generation_config)
+        self.chat = policy.load_chat(config.model, tokenizer, ends)
         with bars.stage("read", None, unit="rows") as tick:
             self.loaded: Loaded = load(config.data, self.chat, need=self.method.needs, rows=rows, tick=tick)
         self.prompts: Sequence[Prompt] = self.loaded.prompts
         self.dtype_shipped = policy.shipped_dtype(config.model) if model is None else model.dtype
         start = policy.load_model(config.model, device) if model is None else policy.adopt(model, device)
-        policy.check_vocabulary(tokenizer, start)
+        policy.check_vocabulary(self.chat.tokenizer, start)
         self.max_length = _room(start, self.prompts, config.data.max_length)
 
         training = config.training

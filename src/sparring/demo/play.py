@@ -14,7 +14,6 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 from sparring.config import DataConfig, ModelConfig
-from sparring.data.chat import Chat
 from sparring.data.datasets import load, texts_of
 from sparring.demo import tasks, verifier
 from sparring.evaluate.held_out import Evaluate, HeldOut, Sample, evaluate
@@ -147,7 +146,7 @@ def make_data(folder: Path, seed: int) -> dict[str, Path]:
 def held_out(model: Path, file: Path, bars: Bars) -> HeldOut:
     """A model's figures on a file of held-out prompts, by the demo's verifier."""
     config = ModelConfig(model_name_or_path=str(model))
-    chat = Chat(policy.load_tokenizer(config), eos_token_ids=policy.generation_ends(config))
+    chat = policy.load_chat(config)
     prompts: list[Prompt] = load(_data(file), chat, need="responses").prompts
     loaded = policy.load_model(config, policy.pick_device("auto"))
     with bars.stage("evaluate", 3 * len(prompts), unit="rows") as tick:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from sparring.config import ModelConfig
+from sparring.data.chat import Chat
 from sparring.model import ema
 
 Role = Literal["policy", "ema", "reference"]
@@ -74,6 +75,16 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     except (OSError, ValueError) as problem:
         raise ValueError(f"{config.model_name_or_path} has no tokenizer that can be read: {problem}") from problem
     return tokenizer
+
+
+def load_chat(config: ModelConfig, tokenizer: Any = None, ends: Iterable[int] | None = None) -> Chat:
+    """The model's tokenizer with its chat template and ends of turn; ``tokenizer`` and ``ends`` stand for those of the folder."""
+    return Chat(
+        tokenizer or load_tokenizer(config),
+        apply_chat_template=config.apply_chat_template,
+        chat_template_path=config.chat_template_path,
+        eos_token_ids=generation_ends(config) if ends is None else ends,
+    )
 
 
 def generation_ends(config: ModelConfig) -> list[int]:

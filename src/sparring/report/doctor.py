@@ -82,13 +82,7 @@ def machine() -> RenderableType:
 
 def template_report(config: Config) -> RenderableType:
     """Three rows as tokens with the response's span, counts, lengths, and every rule that the template breaks."""
-    tokenizer = policy.load_tokenizer(config.model)
-    chat = Chat(
-        tokenizer,
-        apply_chat_template=config.model.apply_chat_template,
-        chat_template_path=config.model.chat_template_path,
-        eos_token_ids=policy.generation_ends(config.model),
-    )
+    chat = policy.load_chat(config.model)
     loaded = load(config.data, chat, need="responses")
     parts: list[RenderableType] = [
         Text(f"\n{config.data.dataset_name}: {loaded.summary()}", "bold"),
@@ -98,7 +92,7 @@ def template_report(config: Config) -> RenderableType:
         "prompt dim, ", ("response", LIGHT), (" tokens", DARK), " shaded by turns, ", ("end of turn", END)
     )
     parts.append(Padding(legend, (1, 0, 0, 0)))
-    parts += [Padding(_row(prompt, chat, tokenizer), (1, 0, 0, 0)) for prompt in loaded.prompts[:ROWS]]
+    parts += [Padding(_row(prompt, chat), (1, 0, 0, 0)) for prompt in loaded.prompts[:ROWS]]
     if loaded.warnings:
         parts += [Text(f"warning: {safe(words)}", "yellow") for words in ("", *loaded.warnings) if words]
     else:
@@ -107,13 +101,13 @@ def template_report(config: Config) -> RenderableType:
     return Group(*parts)
 
 
-def _row(prompt: Prompt, chat: Chat, tokenizer: Any) -> Text:
+def _row(prompt: Prompt, chat: Chat) -> Text:
     assert prompt.human is not None
     text = Text.assemble((f"row {prompt.id}: {len(prompt.token_ids)} + {len(prompt.human.token_ids)} tokens\n", "bold"))
     for token in prompt.token_ids:
-        text.append(_shown(tokenizer, token), "dim")
+        text.append(_shown(chat.tokenizer, token), "dim")
     for place, token in enumerate(prompt.human.token_ids):
-        text.append(_shown(tokenizer, token), END if token == chat.end_id else (LIGHT, DARK)[place % 2])
+        text.append(_shown(chat.tokenizer, token), END if token == chat.end_id else (LIGHT, DARK)[place % 2])
     return text
 
 

@@ -11,7 +11,6 @@ from rich.table import Table
 from rich.text import Text
 
 from sparring.config import Config
-from sparring.data.chat import Chat
 from sparring.data.datasets import load
 from sparring.evaluate.held_out import HeldOut, Sample, interval, load_and_evaluate
 from sparring.judges.verifier import load_verifier
@@ -23,13 +22,7 @@ from sparring.report.terminal import safe
 def evaluation_report(config: Config, *, quiet: bool = False) -> RenderableType:
     """Evaluate the model of ``config`` on its data set, and show what was found."""
     verify = load_verifier(config.method.verifier) if config.method.verifier else None
-    tokenizer = policy.load_tokenizer(config.model)
-    chat = Chat(
-        tokenizer,
-        apply_chat_template=config.model.apply_chat_template,
-        chat_template_path=config.model.chat_template_path,
-        eos_token_ids=policy.generation_ends(config.model),
-    )
+    chat = policy.load_chat(config.model)
     loaded = load(config.data, chat, need="responses")
     bars = Bars(quiet)
     bars.say(loaded.summary(), "dim")
