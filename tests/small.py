@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sparring.config import TrainingConfig
 from sparring.learner import Learner
 from sparring.methods.base import Context, Request, Sampling, Writing
-from sparring.model.policy import Roles
+from sparring.model.roles import Roles
 from sparring.records import Pair, Prompt, Response, Span, Tokens, tokens
 from sparring.seeds import Seeds
 
@@ -61,7 +61,7 @@ def learner(method: Any, model: Any, reference: Any = None, total_steps: int = 1
     if reference is not None:
         roles.reference = reference
     config = TrainingConfig(**({"learning_rate": 1e-2, "warmup_ratio": 0.0} | keys))
-    return Learner(roles, method, config, dtype=torch.float32, pad_id=PAD, total_steps=total_steps)
+    return Learner(roles, method, config, pad_id=PAD, total_steps=total_steps)
 
 
 class Script:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from sparring.config import BOUNDS, PARTS, keys_of, resolve
+from sparring.config import PARTS, keys_of, resolve
+from sparring.keys import BOUNDS
 from sparring.methods import METHODS, method
 from sparring.methods.sapo import SAPO
 from sparring.recipes import read_recipe

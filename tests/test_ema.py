@@ -7,7 +7,7 @@ import torch
 from small import tiny_llama
 
 from sparring.model import ema
-from sparring.model.policy import Roles
+from sparring.model.roles import Roles
 
 
 def scalar(value: float, dtype: torch.dtype = torch.float32) -> Any:

@@ -8,9 +8,11 @@ from pathlib import Path
 
 LAYERS = """
     records seeds
+    keys
     losses pairing config data.chat
     data
     model methods.base buffer recipes
+    metrics
     methods actors judges learner checkpoint journal monitor card progress interrupt
     evaluate probe
     loop

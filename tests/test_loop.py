@@ -12,7 +12,7 @@ from sparring.checkpoint import TrainState
 from sparring.learner import Learner
 from sparring.loop import BARREN_ROUNDS, Round, Update, play, take
 from sparring.methods.sapo import SAPO
-from sparring.model.policy import Roles
+from sparring.model.roles import Roles
 from sparring.seeds import Seeds
 
 PROMPTS = [prompt(n, [5, 6 + n], [10 + n, 11, 12, 13, 14, 15, 16, END]) for n in range(6)]

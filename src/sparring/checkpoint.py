@@ -18,7 +18,7 @@ from torch import Tensor
 from sparring.buffer import Buffer
 from sparring.data import parquet
 from sparring.model.optim import load_state_tensors, state_tensors
-from sparring.model.policy import Roles
+from sparring.model.roles import Roles
 from sparring.records import Pair
 
 
@@ -63,6 +63,9 @@ def save(folder: Path, state: TrainState, *, keep: int, frozen_reference: bool) 
             if role != "reference" or not frozen_reference:
                 save_file(_weights(model), part / f"{role}.safetensors")
         save_file(state_tensors(state.roles.policy, state.optimizers), part / "optimizer.safetensors")
+        if known := state.roles.known:
+            tensors = {"serials": torch.tensor(list(known)), "logps": torch.stack(list(known.values()))}
+            save_file(tensors, part / "reference_logps.safetensors")
         state.buffer.save(part / "buffer.parquet")
         parquet.write(part / "ahead.parquet", Pair, state.ahead)
         (part / "state.json").write_text(json.dumps(dataclasses.asdict(state.counters)))
@@ -87,6 +90,11 @@ def load(path: Path, state: TrainState) -> None:
         file = path / f"{role}.safetensors"
         if file.exists():
             _load_weights(model, load_file(file))
+    state.roles.sync()
+    state.roles.known.clear()
+    if (file := path / "reference_logps.safetensors").exists():
+        known = load_file(file)
+        state.roles.known.update(zip(known["serials"].tolist(), known["logps"], strict=True))
     load_state_tensors(state.roles.policy, state.optimizers, load_file(path / "optimizer.safetensors"))
     state.buffer.load(path / "buffer.parquet")
     state.ahead = list(parquet.read(path / "ahead.parquet", Pair))

@@ -13,7 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from sparring.config import PARTS, keys_of, nearest, resolve
+from sparring.config import PARTS, keys_of, resolve
+from sparring.keys import nearest
 from sparring.methods import METHODS, method
 from sparring.recipes import read_recipe
 

@@ -1,44 +1,19 @@
 """Configuration: defaults <- recipe YAML <- flags, as flat keys of which each belongs to exactly one part.
 
-A part is a frozen dataclass whose fields are made with :func:`key`, which carries meaning, unit and range beside the default.
-A method is one part; the parts below are the others. The resolved whole is saved with the run and read back by resume.
+A part is a frozen dataclass whose fields are made with :func:`sparring.keys.key`, which carries meaning, unit and range
+beside the default. A method is one part; the parts below are the others. The resolved whole is saved with the run and read back by
+resume.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
-import operator
-import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-T = TypeVar("T")
-BOUNDS = {
-    "above": (operator.gt, "above"),
-    "least": (operator.ge, "at least"),
-    "most": (operator.le, "at most"),
-    "below": (operator.lt, "below"),
-}
-
-
-def key(
-    default: T,
-    help: str,
-    *,
-    unit: str = "",
-    above: float | None = None,
-    least: float | None = None,
-    most: float | None = None,
-    below: float | None = None,
-) -> T:
-    """A configuration key: a dataclass field with its meaning, unit and the range that :func:`check` holds it to."""
-    about = {"help": help, "unit": unit, "above": above, "least": least, "most": most, "below": below}
-    return dataclasses.field(default=default, metadata=about)
+from sparring.keys import check, key, nearest, read
 
 
 @dataclass(frozen=True)
@@ -102,8 +77,16 @@ class TrainingConfig:
     adam_beta2: float = key(0.999, "AdamW's decay of the second moment", least=0, below=1)
     adam_epsilon: float = key(1e-8, "AdamW's and RMSprop's term for numerical stability", above=0)
     max_grad_norm: float = key(1.0, "Gradients are scaled down to this norm; 0: never", least=0)
-    per_device_train_batch_size: int = key(8, "Pairs in one forward and backward pass", unit="pairs", least=1)
-    gradient_accumulation_steps: int = key(1, "Passes in one update", unit="passes", least=1)
+    per_device_train_batch_size: int = key(
+        8, "Pairs of an update, with gradient_accumulation_steps", unit="pairs", least=1
+    )
+    gradient_accumulation_steps: int = key(1, "Times per_device_train_batch_size: the pairs of an update", least=1)
+    max_tokens_per_micro_batch: int | Literal["auto"] = key(
+        "auto",
+        "Tokens in one forward and backward pass; changes speed and memory, not the result",
+        unit="tokens",
+        least=1,
+    )
     num_train_epochs: float = key(1.0, "Times that every prompt, or given pair, comes up", unit="epochs", above=0)
     max_steps: int = key(-1, "Updates in all; above 0 it overrides num_train_epochs", unit="updates", least=-1)
     gradient_checkpointing: bool = key(False, "Recompute activations in the backward pass: less memory, a third slower")
@@ -196,10 +179,10 @@ def resolve(method: type | Any, *layers: Mapping[str, Any], parts: Iterable[str]
         for name, value in layer.items():
             if name not in known:
                 raise ValueError(f"unknown key {name!r} for {kind.name}{nearest(name, known)}")  # type: ignore[attr-defined]
-            chosen[name] = _read(name, value, known[name][1])
+            chosen[name] = read(name, value, known[name][1])
     base: dict[str, Any] = {}
     if not isinstance(method, type):
-        base = {f.name: _read(f.name, getattr(method, f.name), known[f.name][1]) for f in dataclasses.fields(method)}
+        base = {f.name: read(f.name, getattr(method, f.name), known[f.name][1]) for f in dataclasses.fields(method)}
     made = {name: part(**_mine(part, chosen)) for name, part in PARTS.items()}
     config = Config(method=kind(**(base | _mine(kind, chosen))), **made)
     for part in (config.method, *made.values()):
@@ -218,74 +201,5 @@ def keys_of(method: type, parts: Iterable[str] = tuple(PARTS)) -> dict[str, tupl
     return found
 
 
-def check(part: Any) -> None:
-    """Raise ValueError for a field of ``part`` that is outside its key's range or choices."""
-    hints = typing.get_type_hints(type(part))
-    for f in dataclasses.fields(part):
-        value, about = getattr(part, f.name), f.metadata
-        _read(f.name, value, hints[f.name])
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            continue
-        if not math.isfinite(value):
-            raise ValueError(f"{f.name} is {value}: give a finite number")
-        for bound, (holds, words) in BOUNDS.items():
-            limit = about.get(bound)
-            if limit is not None and not holds(value, limit):
-                raise ValueError(f"{f.name} is {value}: it must be {words} {limit}. {about['help']}")
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """``; did you mean 'x'?`` with the nearest known name, or the empty text."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def shown(kind: Any) -> str:
-    """A key's type as a person would write it: ``int``, ``sdpa|eager``, ``a=b,c=d``."""
-    if typing.get_origin(kind) is Literal:
-        return "|".join(map(str, typing.get_args(kind)))
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return "|".join("none" if k is type(None) else shown(k) for k in typing.get_args(kind))
-    return "a=b,c=d" if typing.get_origin(kind) is dict else str(kind.__name__)
-
-
 def _mine(part: type, chosen: Mapping[str, Any]) -> dict[str, Any]:
     return {f.name: chosen[f.name] for f in dataclasses.fields(part) if f.name in chosen}
-
-
-def _read(name: str, value: Any, kind: Any) -> Any:
-    """``value`` as ``kind``: text from flags and YAML's loose numbers (5e-7 is text there) are read, anything else is an error."""
-    origin, options = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        if value is None or (isinstance(value, str) and value.lower() in ("none", "null", "")):
-            return None
-        return _read(name, value, next(k for k in options if k is not type(None)))
-    if origin is Literal:
-        if value in options:
-            return value
-        raise ValueError(
-            f"{name} is {value!r}: it must be one of {', '.join(map(str, options))}{nearest(str(value), map(str, options))}"
-        )
-    if origin is dict:
-        if isinstance(value, Mapping):
-            return {str(k): str(v) for k, v in value.items()}
-        pairs = [item.partition("=") for item in str(value).split(",")]
-        if all(k and v for k, _, v in pairs):
-            return {k.strip(): v.strip() for k, _, v in pairs}
-        raise ValueError(f"{name} is {value!r}: write it as prompt=question,completion=answer")
-    if kind is bool:
-        known = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
-        if isinstance(value, bool) or str(value).lower() in known:
-            return value if isinstance(value, bool) else known[str(value).lower()]
-    elif kind in (int, float) and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            number = math.nan
-        if kind is float and (not math.isnan(number) or str(value).lower() == "nan"):
-            return number
-        if kind is int and math.isfinite(number) and number == int(number):
-            return int(value) if isinstance(value, int) else int(number)
-    elif kind is str and isinstance(value, (str, Path)):
-        return str(value)
-    raise ValueError(f"{name} is {value!r}: it must be {shown(kind)}")

@@ -9,10 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sparring.data.packing import lay_out
+from sparring.data.packing import Group
 from sparring.learner import Learner
 from sparring.methods.base import Context, Request, Sampling
-from sparring.model.logps import token_logps
 from sparring.records import Prompt, tokens
 
 PROMPTS, TOKENS = 16, 128
@@ -58,7 +57,7 @@ class Probe:
 
     def _logps(self, rows: Sequence[dict[str, list[int]]]) -> Tensor:
         """Log-probs of all response tokens, one after the other, float64."""
-        sequences = [(tokens(row["prompt"]), tokens(row["response"])) for row in rows]
-        with self.learner.roles.playing("policy") as model, self.learner.precision():
-            layout = lay_out(sequences, self.learner.pad_id, self.learner.device)
-            return token_logps(model, layout)[layout.inside(layout.whole)].double().cpu()
+        groups = [Group(tokens(row["prompt"]), [tokens(row["response"])]) for row in rows]
+        with self.learner.roles.playing("policy") as model:
+            logps, _ = self.learner.scorer(groups).token_logps(model, groups)
+        return logps.double().cpu()

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from sparring.config import nearest
+from sparring.keys import nearest
 
 HERE = Path(__file__).parent
 FOLDERS = (HERE / "recipes", HERE.parents[1] / "recipes")  # in a wheel, in a checkout

@@ -26,6 +26,7 @@ from sparring.learner import Learner
 from sparring.loop import Round, Update, play
 from sparring.methods.base import Context, Method
 from sparring.model import policy
+from sparring.model.roles import Role, Roles
 from sparring.monitor import Monitor
 from sparring.probe import Probe
 from sparring.progress import Bars, Tick
@@ -89,10 +90,11 @@ class Session:
         self.total_steps = training.max_steps if training.max_steps > 0 else wanted
         self.cadence = self.method.cadence(training.batch_size, self.updates_per_epoch)
         self.about = {"start_fingerprint": policy.fingerprint(start), "data_fingerprint": _digest(self.prompts)}
-        roles = policy.Roles(start, ema_decay=self.cadence.ema_decay, reference=self.cadence.reference != "none")
         dtype = torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
+        compares = self.cadence.reference != "none"
+        roles = Roles(start, ema_decay=self.cadence.ema_decay, reference=compares, dtype=dtype)
         self.learner = Learner(
-            roles, self.method, training, dtype=dtype, pad_id=self.chat.pad_id, total_steps=self.total_steps
+            roles, self.method, training, pad_id=self.chat.pad_id, total_steps=self.total_steps, say=self._say
         )
         buffer = Buffer(self.cadence.buffer_size or None, self.cadence.draw)
         self.state = TrainState(roles, self.learner.optimizers, buffer)
@@ -252,7 +254,7 @@ class Session:
         except OSError as problem:
             self.bars.say(f"status.json could not be written: {problem}", "red")
 
-    def _writer(self, role: policy.Role) -> LocalWriter:
+    def _writer(self, role: Role) -> LocalWriter:
         kept = self.learner.roles.kept()
         name = role if role in kept else "policy"
         return LocalWriter(
@@ -262,8 +264,10 @@ class Session:
             end_ids=self.chat.end_ids,
             pad_id=self.chat.pad_id,
             batch_size=self.config.generation.generation_batch_size,
-            precision=self.learner.precision,
         )
+
+    def _say(self, text: str) -> None:
+        self.bars.say(text, "dim")
 
     def _bar(self) -> Any:
         return self.bars.stage(self.method.name, self.total_steps, self.state.counters.step, "updates")

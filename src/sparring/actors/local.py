@@ -31,13 +31,12 @@ class LocalWriter:
         end_ids: frozenset[int],
         pad_id: int,
         batch_size: int,
-        precision: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
         tick: Callable[[int], None] = lambda rows: None,
     ) -> None:
         """``playing`` gives the model; ``source`` its name at the time; ``tick`` is told of finished rows."""
         self._playing, self._source, self._decode = playing, source, decode
         self.end_ids, self.pad_id, self.batch_size = end_ids, pad_id, batch_size
-        self._precision, self._tick = precision, tick
+        self._tick = tick
 
     @property
     def source(self) -> str:
@@ -52,7 +51,7 @@ class LocalWriter:
         """One writing for each request, in order."""
         written: dict[int, Writing] = {}
         order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].token_ids), -requests[i].max_new_tokens))
-        with self._playing() as model, self._precision():
+        with self._playing() as model:
             for start in range(0, len(order), self.batch_size):
                 places = order[start : start + self.batch_size]
                 written |= zip(places, self._batch(model, [requests[i] for i in places], sampling), strict=True)

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
-from sparring.config import DataConfig, nearest
+from sparring.config import DataConfig
 from sparring.data.chat import BadRow, Chat, Content, Message
 from sparring.data.files import Row, read
+from sparring.keys import nearest
 from sparring.records import Prompt, Response, Tokens
 
 T = TypeVar("T")

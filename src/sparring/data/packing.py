@@ -1,47 +1,214 @@
-"""Pairs -> micro-batches -> tensors. One row a response, padded on the right."""
+"""Groups of responses -> micro-batches under a token budget -> tensors, with what a group's sequences share laid out once.
+
+A group is a prompt and the responses to it. In the packed layout it is a tree of two levels: a trunk (the prompt and the tokens
+with which all its responses begin) and a branch for the rest of each response. A token attends to its own segment up to itself
+and, from a branch, to the whole trunk. The last token of a sequence predicts nothing and is left out.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sparring.records import Pair, Tokens
+from sparring.records import Tokens
+
+ROOT = -1  # the parent of a segment that has none
+
+
+class Group(NamedTuple):
+    """A prompt and the responses to it, as tokens; the prompt has at least one."""
+
+    prompt: Tokens
+    responses: Sequence[Tokens]
+
+
+class Segment(NamedTuple):
+    """Positions [start, stop) of a packed row, and the position in the list of the segment that comes before it."""
+
+    start: int
+    stop: int
+    parent: int = ROOT
 
 
 @dataclass(frozen=True)
-class Layout:
-    """R sequences of prompt and response, [R, T] with right padding."""
+class Scored:
+    """Where the N scored tokens of a layout are, group by group, and which of them make up each of the R responses.
 
-    input_ids: Tensor
-    attention_mask: Tensor
-    prompt_lengths: Tensor  # [R]
-    whole: Tensor  # [R, 2], the span of all response tokens: [0, length)
+    A response's tokens are ``shared`` ones, beginning at ``first_shared`` among the N, then its own, beginning at ``first_own``.
+    """
 
-    def inside(self, spans: Tensor) -> Tensor:
-        """Whether column t, which predicts token t+1, falls into the row's span of response tokens, [R, T-1]."""
-        columns = torch.arange(1, self.input_ids.shape[1], device=spans.device)
-        start = self.prompt_lengths[:, None]
-        return (columns >= start + spans[:, :1]) & (columns < start + spans[:, 1:])
+    predictors: Tensor  # [N], the position (of the flattened [rows, T]) whose hidden state predicts the token
+    targets: Tensor  # [N], the token
+    shared: Tensor  # [R]
+    first_shared: Tensor  # [R]
+    first_own: Tensor  # [R]
+    lengths: Tensor  # [R]
+    token_bounds: list[int]  # group g's tokens are [token_bounds[g], token_bounds[g + 1]) of the N
+    row_bounds: list[int]  # and its responses [row_bounds[g], row_bounds[g + 1]) of the R
+
+    def sums(self, logps: Tensor, spans: Tensor, first: int = 0) -> Tensor:
+        """Sums of ``logps`` over spans of response tokens, [len(spans)], added up in float64.
+
+        ``logps`` [n] are the tokens from number ``token_bounds[first]`` on, ``spans`` [r, 2] belong to the responses from number
+        ``row_bounds[first]`` on and count from a response's first token.
+        """
+        rows = slice(self.row_bounds[first], self.row_bounds[first] + len(spans))
+        shared = self.shared[rows, None]
+        totals = torch.nn.functional.pad(logps.double().cumsum(0), (1, 0))
+        common = self.first_shared[rows, None] + spans.minimum(shared)
+        own = self.first_own[rows, None] + (spans - shared).clamp(min=0)
+        start = self.token_bounds[first]
+        return (totals[common - start].diff(dim=1) + totals[own - start].diff(dim=1)).squeeze(1).float()
 
 
-def lay_out(sequences: Sequence[tuple[Tokens, Tokens]], pad_id: int, device: torch.device) -> Layout:
-    """(prompt, response) sequences as one layout."""
-    width = max(len(prompt) + len(response) for prompt, response in sequences)
-    ids = torch.full((len(sequences), width), pad_id, dtype=torch.long)
+@dataclass(frozen=True)
+class Packed:
+    """Groups one after the other in one row without padding."""
+
+    input_ids: Tensor  # [1, T]
+    position_ids: Tensor  # [1, T], counted within each sequence
+    segments: list[Segment]
+    scored: Scored
+
+
+@dataclass(frozen=True)
+class Padded:
+    """One row for each response, padded on the right."""
+
+    input_ids: Tensor  # [R, T]
+    attention_mask: Tensor  # [R, T]
+    scored: Scored
+
+
+def common_prefix(responses: Sequence[Tokens]) -> int:
+    """How many tokens all ``responses`` begin with."""
+    first, *others = responses
+    length = min(map(len, responses))
+    for other in others:
+        if first[:length] != other[:length]:
+            length = next(i for i in range(length) if first[i] != other[i])
+    return length
+
+
+def packed_size(group: Group, *, share: bool = True) -> int:
+    """Tokens that ``group`` takes in the packed layout."""
+    if not share:
+        return sum(len(group.prompt) + len(response) - 1 for response in group.responses)
+    shared = common_prefix(group.responses)
+    own = sum(max(0, len(response) - shared - 1) for response in group.responses)
+    ends = all(len(response) == shared for response in group.responses)
+    return len(group.prompt) + shared - ends + own
+
+
+def padded_size(group: Group) -> int:
+    """Tokens that ``group`` takes in the padded layout when nothing longer stands beside it."""
+    return len(group.responses) * (len(group.prompt) + max(map(len, group.responses)))
+
+
+def pack(groups: Sequence[Group], device: torch.device, *, share: bool = True) -> Packed:
+    """``groups`` in one row; without ``share`` every response has its prompt to itself."""
+    ids: list[Tokens] = []
+    positions: list[Tensor] = []
+    segments: list[Segment] = []
+    marks = _Marks()
+    place = 0
+
+    def put(tokens: Tokens, first: int, parent: int) -> None:
+        nonlocal place
+        ids.append(tokens)
+        positions.append(torch.arange(first, first + len(tokens)))
+        segments.append(Segment(place, place + len(tokens), parent))
+        place += len(tokens)
+
+    for group in groups:
+        parts = [group.responses] if share else [[response] for response in group.responses]
+        for responses in parts:
+            shared = common_prefix(responses)
+            trunk = group.prompt + responses[0][:shared]
+            start = place
+            last = all(len(response) == shared for response in responses)
+            put(trunk[: len(trunk) - last], 0, ROOT)
+            parent = len(segments) - 1
+            first_shared = marks.tokens(start + len(group.prompt) - 1, responses[0][:shared])
+            for response in responses:
+                own = response[shared:]
+                first_own = marks.tokens(place - 1, own)
+                if own:
+                    marks.predictors[first_own] = start + len(trunk) - 1
+                marks.response(shared, first_shared, first_own, len(response))
+                if len(own) > 1:
+                    put(own[:-1], len(trunk), parent)
+        marks.group()
+    row = torch.cat([torch.frombuffer(tokens, dtype=torch.int32).long() for tokens in ids])
+    return Packed(row[None].to(device), torch.cat(positions)[None].to(device), segments, marks.scored(device))
+
+
+def pad(groups: Sequence[Group], pad_id: int, device: torch.device) -> Padded:
+    """``groups`` as rows of one response each."""
+    rows = [group.prompt + response for group in groups for response in group.responses]
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
     mask = torch.zeros_like(ids)
-    for row, (prompt, response) in enumerate(sequences):
-        both = prompt + response
-        ids[row, : len(both)] = torch.frombuffer(both, dtype=torch.int32).long()
-        mask[row, : len(both)] = 1
-    prompts = torch.tensor([len(prompt) for prompt, _ in sequences])
-    whole = torch.tensor([(0, len(response)) for _, response in sequences])
-    return Layout(ids.to(device), mask.to(device), prompts.to(device), whole.to(device))
+    marks = _Marks()
+    place = 0
+    for group in groups:
+        for response in group.responses:
+            row = group.prompt + response
+            ids[place, : len(row)] = torch.frombuffer(row, dtype=torch.int32).long()
+            mask[place, : len(row)] = 1
+            first = marks.tokens(place * width + len(group.prompt) - 1, response)
+            marks.response(0, first, first, len(response))
+            place += 1
+        marks.group()
+    return Padded(ids.to(device), mask.to(device), marks.scored(device))
 
 
-def micro_batches(pairs: Sequence[Pair], count: int) -> Iterator[Sequence[Pair]]:
-    """``pairs`` in slices of at most ``count``."""
-    for start in range(0, len(pairs), count):
-        yield pairs[start : start + count]
+def micro_batches(sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """Places of ``sizes`` in bins that hold at most ``budget`` together, by first fit in falling order.
+
+    Each bin is in rising order, and the bins are by their first place. Raises ValueError where one size alone is above ``budget``.
+    """
+    bins: list[tuple[int, list[int]]] = []
+    for place in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        if sizes[place] > budget:
+            raise ValueError(f"{sizes[place]} tokens do not fit into max_tokens_per_micro_batch {budget}: raise it")
+        for number, (used, places) in enumerate(bins):
+            if used + sizes[place] <= budget:
+                bins[number] = (used + sizes[place], [*places, place])
+                break
+        else:
+            bins.append((sizes[place], [place]))
+    return sorted(sorted(places) for _, places in bins)
+
+
+class _Marks:
+    """Collects a layout's scored tokens."""
+
+    def __init__(self) -> None:
+        self.predictors: list[int] = []
+        self.targets: list[int] = []
+        self.rows: list[tuple[int, int, int, int]] = []
+        self.token_bounds, self.row_bounds = [0], [0]
+
+    def tokens(self, predictor: int, tokens: Tokens) -> int:
+        """Score consecutive ``tokens``, of which ``predictor`` predicts the first; their place among the scored ones."""
+        first = len(self.targets)
+        self.targets += tokens
+        self.predictors += range(predictor, predictor + len(tokens))
+        return first
+
+    def response(self, *row: int) -> None:
+        self.rows.append(row)  # type: ignore[arg-type]
+
+    def group(self) -> None:
+        self.token_bounds.append(len(self.targets))
+        self.row_bounds.append(len(self.rows))
+
+    def scored(self, device: torch.device) -> Scored:
+        shared, first_shared, first_own, lengths = torch.tensor(self.rows, device=device).T
+        predictors, targets = torch.tensor(self.predictors, device=device), torch.tensor(self.targets, device=device)
+        return Scored(predictors, targets, shared, first_shared, first_own, lengths, self.token_bounds, self.row_bounds)

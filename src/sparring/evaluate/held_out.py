@@ -12,17 +12,20 @@ import numpy as np
 import torch
 
 from sparring.actors.local import LocalWriter
-from sparring.config import Config, key
+from sparring.config import Config
 from sparring.data.chat import Chat
-from sparring.data.packing import lay_out
+from sparring.data.packing import Group
 from sparring.judges.verifier import Verifier
+from sparring.keys import key
 from sparring.methods.base import Request, Sampling
 from sparring.model import policy
-from sparring.model.logps import token_logps
+from sparring.model.attention import kind_for
+from sparring.model.logps import checked
 from sparring.records import Prompt
 from sparring.seeds import Seeds
 
 GREEDY = Sampling(temperature=0.0)
+BUDGET = 16384  # tokens scored together
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ def evaluate(
         return samples
 
     with torch.no_grad():
-        nll = _nll(model, chat, prompts, batch_size, tick)
+        nll = _nll(model, chat, prompts, tick)
         return HeldOut(nll, answers(sampling), answers(GREEDY))
 
 
@@ -118,13 +121,14 @@ def interval(values: Sequence[float], *, share: float = 0.95, draws: int = 2000,
     return float(low), float(high)
 
 
-def _nll(model: Any, chat: Chat, prompts: Sequence[Prompt], batch_size: int, tick: Callable[[int], None]) -> float:
-    total, count = 0.0, 0
+def _nll(model: Any, chat: Chat, prompts: Sequence[Prompt], tick: Callable[[int], None]) -> float:
+    answered = [Group(p.token_ids, [p.human.token_ids]) for p in prompts if p.human]
+    if not answered:
+        return math.nan
     device = next(model.parameters()).device
-    answered = [(p.token_ids, p.human.token_ids) for p in prompts if p.human]
-    for start in range(0, len(answered), batch_size):
-        rows = answered[start : start + batch_size]
-        total -= float(token_logps(model, lay_out(rows, chat.pad_id, device)).double().sum())
-        count += sum(len(response) for _, response in rows)
-        tick(len(rows))
-    return total / count if count else math.nan
+    scorer, _ = checked(kind_for(device, model.config._attn_implementation), model, answered, chat.pad_id, device)
+    total = 0.0
+    for places in scorer.cut(answered, max(BUDGET, *map(scorer.size, answered))):
+        total -= float(scorer.token_logps(model, [answered[i] for i in places])[0].double().sum())
+        tick(len(places))
+    return total / sum(len(group.responses[0]) for group in answered)

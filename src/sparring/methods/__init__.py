@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 
-from sparring.config import nearest
+from sparring.keys import nearest
 
 METHODS = {  # name: (module, class, what `sparring --help` says)
     "sapo": ("sapo", "SAPO", "Self-Augmented Preference Optimization, arXiv 2405.20830 (not 2511.20347)"),

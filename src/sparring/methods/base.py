@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from sparring import losses
-from sparring.config import key
+from sparring.keys import key
 from sparring.pairing import Paired
 from sparring.records import Group, Judgment, Prompt, Tokens
 from sparring.seeds import Seeds

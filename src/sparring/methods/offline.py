@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from sparring import losses
-from sparring.config import key
+from sparring.keys import key
 from sparring.methods.base import Cadence, Context, LogProbs, Method, Preference
 from sparring.pairing import Paired, demonstrations, human_wins, winner_against_loser
 from sparring.records import Group, Judgment, Prompt

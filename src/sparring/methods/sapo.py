@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from sparring import losses
-from sparring.config import key
+from sparring.keys import key
 from sparring.methods.base import Cadence, Context, LogProbs, Preference, Request, Sampling
 from sparring.pairing import Paired, human_wins, winner_against_loser
 from sparring.records import Group, Judgment, Prompt, Response, Span

@@ -11,9 +11,10 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sparring.config import Config, key
+from sparring.config import Config
 from sparring.data.chat import CHATML
 from sparring.data.datasets import texts_of
+from sparring.keys import key
 
 PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
 

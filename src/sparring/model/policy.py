@@ -1,13 +1,13 @@
-"""The model in its three roles: the policy that learns, the EMA that writes, the reference that both are measured by."""
+"""The starting model and its tokenizer: found, checked, loaded."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
-from collections.abc import Iterable, Iterator
+import types
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
@@ -17,9 +17,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from sparring.config import ModelConfig
 from sparring.data.chat import Chat
-from sparring.model import ema
-
-Role = Literal["policy", "ema", "reference"]
 
 
 def load_model(config: ModelConfig, device: torch.device) -> Any:
@@ -40,7 +37,7 @@ def load_model(config: ModelConfig, device: torch.device) -> Any:
             f"{config.model_name_or_path} has no weights in safetensors ({problem}): convert them; pickled weights are never read"
         ) from problem
     placed: Any = model
-    return without_dropout(placed.to(device))
+    return prepared(placed.to(device))
 
 
 def check_causal(config: ModelConfig) -> None:
@@ -61,8 +58,8 @@ def check_causal(config: ModelConfig) -> None:
 
 
 def adopt(model: Any, device: torch.device) -> Any:
-    """A copy of a model object as a starting model: float32 weights on ``device``, without dropout."""
-    return without_dropout(copy.deepcopy(model).to(device, torch.float32).requires_grad_(True))
+    """A copy of a model object as a starting model: float32 weights on ``device``."""
+    return prepared(copy.deepcopy(model).to(device, torch.float32).requires_grad_(True))
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -118,52 +115,19 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
         )
 
 
-def without_dropout(model: Any) -> Any:
-    """``model`` with every dropout at 0: policy and reference must agree where their weights do."""
+def prepared(model: Any) -> Any:
+    """``model`` with every dropout at 0, since policy and reference must agree where their weights do, and with fast norms.
+
+    A norm that multiplies x / rms(x) by its weight, as Llama's does, is computed by PyTorch's own ``rms_norm``.
+    """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
+        if type(module).__name__.endswith("RMSNorm") and _is_plain(module):
+            module.forward = types.MethodType(_rms_norm, module)
     return model
-
-
-class Roles:
-    """Policy, EMA and reference, each a whole model in float32; a role that nobody keeps falls to the policy."""
-
-    def __init__(self, policy: Any, *, ema_decay: float, reference: bool) -> None:
-        """All roles start as copies of ``policy``."""
-        self.policy = policy
-        self.ema = _frozen_copy(policy) if ema_decay else None
-        self.ema_decay = ema_decay
-        self.reference = _frozen_copy(policy) if reference else None
-
-    @contextlib.contextmanager
-    def playing(self, role: Role) -> Iterator[Any]:
-        """The model in ``role``, for forward passes without gradient."""
-        models = {"policy": self.policy, "ema": self.ema, "reference": self.reference}
-        model = models[role] if models[role] is not None else self.policy
-        was_training = model.training
-        model.eval()
-        with torch.no_grad():
-            yield model
-        model.train(was_training)
-
-    def step_ema(self) -> None:
-        """ema <- (1 - b) policy + b ema."""
-        if self.ema is not None:
-            ema.step(self.ema, self.policy, self.ema_decay)
-
-    def refresh_reference(self, source: Literal["ema", "policy"]) -> None:
-        """Copy the EMA (the policy, where there is no EMA) or the policy into the reference."""
-        assert self.reference is not None
-        origin = self.ema if source == "ema" and self.ema is not None else self.policy
-        ema.step(self.reference, origin, 0.0)
-
-    def kept(self) -> dict[Role, Any]:
-        """The models there are, by role."""
-        models: dict[Role, Any] = {"policy": self.policy, "ema": self.ema, "reference": self.reference}
-        return {role: model for role, model in models.items() if model is not None}
 
 
 def fingerprint(model: Any) -> str:
@@ -184,10 +148,6 @@ def pick_device(name: str) -> torch.device:
             f"device is {name!r}, but PyTorch {torch.__version__} sees no CUDA device here: use --device cpu"
         )
     return torch.device(name)
-
-
-def _frozen_copy(model: Any) -> Any:
-    return copy.deepcopy(model).requires_grad_(False).eval()
 
 
 def _found(config: ModelConfig) -> str:
@@ -217,3 +177,19 @@ def _config(config: ModelConfig) -> transformers.PretrainedConfig:
         here = "" if Path(where).is_dir() else "is no folder here, and "
         raise ValueError(f"{config.model_name_or_path} {here}cannot be read as a model: {problem}") from problem
     return found
+
+
+def _rms_norm(norm: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    return nn.functional.rms_norm(hidden_states, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+
+@torch.no_grad()
+def _is_plain(norm: Any) -> bool:
+    """Whether ``norm`` gives what ``rms_norm`` gives, on numbers that would show a mean taken off or 1 added to the weight."""
+    weight = getattr(norm, "weight", None)
+    if weight is None or weight.device.type == "meta" or not hasattr(norm, "variance_epsilon"):
+        return False
+    sample = torch.linspace(-1.0, 2.0, weight.numel(), device=weight.device, dtype=weight.dtype)[None]
+    return bool(
+        torch.allclose(_rms_norm(norm, sample), norm(sample), rtol=1e-2 if weight.dtype == torch.bfloat16 else 1e-5)
+    )

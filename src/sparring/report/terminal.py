@@ -18,9 +18,10 @@ from rich.table import Table
 from rich.text import Text
 
 from sparring.checkpoint import found
-from sparring.config import BOUNDS, PARTS, ModelConfig, keys_of, shown
+from sparring.config import PARTS, ModelConfig, keys_of
 from sparring.data import parquet
 from sparring.journal import Journal, read_lines
+from sparring.keys import BOUNDS, shown
 from sparring.methods import METHODS
 from sparring.model.policy import load_tokenizer
 from sparring.records import Pair, Response, Span

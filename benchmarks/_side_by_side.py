@@ -1,0 +1,305 @@
+"""What the benchmarks share: shapes, pairs, our side and TRL's, clocks and memory peaks, tables. Not a benchmark itself."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import os
+import random
+import re
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sparring.actors.local import LocalWriter
+from sparring.config import TrainingConfig
+from sparring.learner import Learner
+from sparring.model.policy import prepared
+from sparring.model.roles import Roles
+from sparring.records import Pair, Response, Tokens, tokens
+
+RESULTS = Path(__file__).parent / "results"
+PAD, END, FIRST = 0, 2, 3  # random text is made of the ids from FIRST on
+BATCH = 8  # pairs in a step
+RATE = 1e-6
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama's measures, and how long its prompts and responses are."""
+
+    name: str
+    hidden: int
+    layers: int
+    vocabulary: int
+    heads: int
+    kv_heads: int
+    intermediate: int
+    tied: bool = False
+    prompts: tuple[int, int] = (20, 400)
+    responses: tuple[int, int] = (50, 300)
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("S", 128, 4, 8_192, 4, 4, 352),
+        Shape("M", 512, 8, 32_000, 8, 4, 1_376),
+        Shape("L", 256, 4, 128_256, 4, 4, 704),
+        Shape("long", 512, 8, 32_000, 8, 4, 1_376, prompts=(200, 1600)),
+        Shape("toy", 32, 2, 512, 2, 2, 64, prompts=(4, 24), responses=(8, 24)),
+    )
+}
+
+
+def llama(shape: Shape, device: torch.device, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+    """A Llama of ``shape`` with random weights; the same seed gives the same weights."""
+    config = LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=4096,
+        tie_word_embeddings=shape.tied,
+        pad_token_id=PAD,
+        bos_token_id=None,
+        eos_token_id=END,
+    )
+    torch.manual_seed(seed)
+    with device:
+        return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def make_pairs(kind: str, count: int, shape: Shape, seed: int = 0) -> list[Pair]:
+    """Pairs of random tokens.
+
+    dpo: two responses of their own lengths to one prompt. sapo: A, B, C against A, B', C, where B is a third of the response and
+    A of any length. unkind: nothing to gain, prompts of one token and unshared responses of one length.
+    """
+    rng = random.Random(f"{kind} {seed}")
+
+    def text(length: int) -> Tokens:
+        return tokens(rng.randrange(FIRST, shape.vocabulary) for _ in range(length))
+
+    def one() -> tuple[Tokens, Tokens, Tokens]:
+        prompt, chosen = text(rng.randint(*shape.prompts)), text(rng.randint(*shape.responses))
+        if kind == "sapo":
+            length = len(chosen) // 3
+            start = rng.randint(0, len(chosen) - length)
+            return prompt, chosen, chosen[:start] + text(length) + chosen[start + length :]
+        if kind == "unkind":
+            length = sum(shape.responses) // 2
+            chosen = text(length)
+            other = FIRST + (chosen[0] - FIRST + 1) % (shape.vocabulary - FIRST)
+            return text(1), chosen, tokens([other]) + text(length - 1)
+        return prompt, chosen, text(rng.randint(*shape.responses))
+
+    return [pair_of(*one()) for _ in range(count)]
+
+
+def pair_of(prompt: Tokens, chosen: Tokens, rejected: Tokens) -> Pair:
+    """A pair that is scored whole."""
+    sides = Response("", chosen, "human"), Response("", rejected, "ema@0")
+    return Pair(0, "", prompt, *sides, (0, len(chosen)), (0, len(rejected)))
+
+
+def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """The number of tokens with which both begin."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def needed_flops(shape: Shape, pairs: Sequence[Pair], *, reference: bool) -> float:
+    """Floating-point operations of a DPO step that computes nothing twice: 3 forwards of the policy, 1 of the reference.
+
+    A forward has 2 W N + 2 H V R + 4 D K L of them: W weights in the layers' matrices, N tokens with a pair's common prefix
+    counted once and the last of a response, which predicts nothing, left out; H hidden size, V vocabulary, R scored tokens, a
+    common one counted once; D heads times head size, K keys that the tokens attend to, L layers. What activation checkpointing
+    computes again does not count, nor do norms, activations and the softmax.
+    """
+    inside, head = shape.hidden, shape.hidden // shape.heads
+    weights = shape.layers * inside * (2 * inside + 2 * shape.kv_heads * head + 3 * shape.intermediate)
+    packed = scored = keys = 0
+    for pair in pairs:
+        chosen, rejected = pair.chosen.token_ids, pair.rejected.token_ids if pair.rejected else tokens([])
+        shared = common_prefix(chosen, rejected)
+        trunk = len(pair.prompt_token_ids) + shared
+        branches = [max(0, len(side) - shared - 1) for side in (chosen, rejected)]
+        packed += trunk + sum(branches)
+        scored += len(chosen) + len(rejected) - shared
+        keys += trunk * (trunk + 1) // 2 + sum(own * trunk + own * (own + 1) // 2 for own in branches)
+    forward = 2 * weights * packed + 2 * inside * shape.vocabulary * scored + 4 * inside * keys * shape.layers
+    return float(forward * (3 + reference))
+
+
+def our_learner(policy: Any, reference: Any, method: Any, dtype: torch.dtype, checkpointing: bool) -> Learner:
+    """Our side of a step: the one place that knows how a learner is built."""
+    roles = Roles(prepared(policy), ema_decay=0.0, reference=False, dtype=dtype)
+    roles.reference = prepared(reference).requires_grad_(False).eval().to(dtype)
+    keys = {"learning_rate": RATE, "lr_scheduler_type": "constant", "term_grad_norm_steps": 0}
+    config = TrainingConfig(**keys, gradient_checkpointing=checkpointing)  # type: ignore[arg-type]
+    return Learner(roles, method, config, pad_id=PAD, total_steps=1000)
+
+
+def our_writer(model: Any, end_ids: Sequence[int], rows: int, dtype: torch.dtype) -> LocalWriter:
+    """Our side of generation: the one place that knows how a writer is built."""
+    device = next(model.parameters()).device
+    return LocalWriter(
+        lambda: contextlib.nullcontext(model),
+        source=lambda: "ema@0",
+        decode=lambda ids: " ".join(map(str, ids)),
+        end_ids=frozenset(end_ids),
+        pad_id=PAD,
+        batch_size=rows,
+    )
+
+
+@contextlib.contextmanager
+def trl_head(compact: bool) -> Iterator[list[int]]:
+    """TRL's head on completion tokens alone, as on a GPU, or on every position, as on a CPU; yields the positions of each call.
+
+    ``trl.trainer.utils`` asks ``_use_triton`` for this choice and nothing else; the kernels ask their own module's.
+    """
+    from trl.trainer import utils
+
+    scored: list[int] = []
+    asked, head = utils._use_triton, utils._ChunkedLogProbFunction
+
+    class Counted:
+        @staticmethod
+        def apply(hidden: Any, *rest: Any) -> Any:
+            scored.append(len(hidden))
+            return head.apply(hidden, *rest)
+
+    utils._use_triton, utils._ChunkedLogProbFunction = lambda device: compact, Counted
+    yield scored
+    utils._use_triton, utils._ChunkedLogProbFunction = asked, head
+
+
+def trl_trainer(policy: Any, reference: Any, pairs: Sequence[Pair], folder: str, callback: Any, **keys: Any) -> Any:
+    """TRL's DPOTrainer on tokens that are given, with its own training loop; ``losses`` holds each step's loss."""
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    from transformers.trainer_callback import PrinterCallback
+    from trl import DPOConfig, DPOTrainer
+
+    class Trainer(DPOTrainer):  # type: ignore[misc]
+        def _prepare_dataset(self, dataset: Any, *rest: Any) -> Any:
+            return dataset
+
+        def compute_loss(self, *args: Any, **more: Any) -> Any:
+            loss = super().compute_loss(*args, **more)
+            self.losses.append(loss.detach())
+            return loss
+
+    words = Tokenizer(models.WordLevel({"<pad>": PAD, "<unk>": 1, "<end>": END}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<end>", unk_token="<unk>")
+    rows = [(p.prompt_token_ids, p.chosen.token_ids, p.rejected.token_ids) for p in pairs if p.rejected]
+    columns = zip(("prompt_ids", "chosen_ids", "rejected_ids"), zip(*rows, strict=True), strict=True)
+    config = DPOConfig(
+        folder,
+        beta=0.1,
+        learning_rate=RATE,
+        lr_scheduler_type="constant",
+        optim="adamw_torch_fused",
+        per_device_train_batch_size=BATCH,
+        max_steps=len(pairs) // BATCH,
+        max_length=None,
+        train_sampling_strategy="sequential",
+        use_cpu=next(policy.parameters()).device.type == "cpu",
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        **keys,
+    )
+    data = Dataset.from_dict({name: [list(ids) for ids in column] for name, column in columns})
+    trainer = Trainer(policy, reference, config, train_dataset=data, processing_class=tokenizer, callbacks=[callback])
+    trainer.losses = []
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+class Clock:
+    """Seconds from start to stop."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def start(self) -> None:
+        self.wait()
+        self.began = time.perf_counter()
+
+    def stop(self) -> float:
+        self.wait()
+        return time.perf_counter() - self.began
+
+
+class Peak:
+    """Bytes by which memory rose above what stood at the start; on a CPU it asks Linux, so ``exact_memory`` must hold."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+
+    def start(self) -> None:
+        gc.collect()
+        if self.cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+        else:
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
+            self.before = _status("VmRSS")
+
+    def stop(self) -> float:
+        return float((torch.cuda.max_memory_allocated() if self.cuda else _status("VmHWM")) - self.before)
+
+
+def exact_memory(on: bool) -> None:
+    """Whether glibc gives every block from 64 KB on back at once; off: it keeps blocks up to 32 MB, as it learns to in time."""
+    threshold, trim = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+    ctypes.CDLL(None).mallopt(threshold, 2**16 if on else 2**25)
+    ctypes.CDLL(None).mallopt(trim, 2**17 if on else 2**26)
+
+
+def _status(name: str) -> int:
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return 1024 * int(found[1])
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 0) -> float:
+    """Floating-point operations a second of a large square matrix product, the best of eight."""
+    size = size or (8192 if device.type == "cuda" else 2048)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    clock, best = Clock(device), float("inf")
+    for _ in range(8):
+        clock.start()
+        torch.nn.functional.linear(a, b)
+        best = min(best, clock.stop())
+    return 2.0 * size**3 / best
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Median and range."""
+    if not values:
+        return "-"
+    low, high = min(values), max(values)
+    return f"{statistics.median(values):.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"

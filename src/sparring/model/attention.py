@@ -1,0 +1,251 @@
+"""Attention over a packed row: every token sees its own segment up to itself, and the whole of the segment before it.
+
+How it is computed depends on the machine: ``segments`` here, block by block (CPU); ``flex``, FlexAttention with a block mask
+(CUDA); ``varlen``, FlashAttention's own packing by positions, without shared prefixes. ``dense`` is no packing at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+
+from sparring.data.packing import ROOT, Packed, Segment
+
+Kind = Literal["segments", "flex", "varlen", "dense"]
+NAME = "sparring_segments"
+ROWS = 256  # queries in one block: keys after a block's end are never touched
+
+
+def kind_for(device: torch.device, attn_implementation: str) -> Kind:
+    """The layout to try first on ``device`` under the kernel that transformers would use."""
+    if attn_implementation.startswith("flash_attention"):
+        return "varlen"
+    if attn_implementation == "eager":
+        return "dense"
+    return "flex" if device.type == "cuda" else "segments"
+
+
+@contextlib.contextmanager
+def attending(model: Any, kind: Kind) -> Iterator[None]:
+    """Let ``model`` attend as ``kind`` says, for forward and backward passes over packed rows."""
+    name = {"segments": NAME, "flex": "flex_attention"}.get(kind)
+    configs = {
+        id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")
+    }
+    before = {i: config._attn_implementation for i, config in configs.items()}
+    if name is not None:
+        for config in configs.values():
+            config._attn_implementation = name
+    try:
+        yield
+    finally:
+        for i, config in configs.items():
+            config._attn_implementation = before[i]
+
+
+def inputs(model: Any, packed: Packed, kind: Kind) -> dict[str, Any]:
+    """The keywords of a forward pass of the model's backbone over ``packed``."""
+    words: dict[str, Any] = {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "use_cache": False}
+    if kind == "segments":
+        # A mask of four dimensions is taken as it is, so none is made; ours is in the segments.
+        return words | {"attention_mask": packed.input_ids.new_ones(1, 1, 1, 1), "segments": packed.segments}
+    if kind == "flex":
+        return words | {"attention_mask": _flex_masks(model, packed)}
+    return words
+
+
+def segment_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    segments: Sequence[Segment],
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """softmax(scaling q k^T) v within segments; query [1, H, T, D], key and value [1, G, T, D]; returns [1, T, H, D].
+
+    Plain float32 goes through PyTorch's kernel, which is the fastest there is for it on a CPU; bfloat16, windows and soft-capped
+    scores through :class:`Blocks`, which in bfloat16 is three times as fast as that kernel. NotImplementedError for attention
+    sinks and position biases.
+    """
+    if any(others.get(name) is not None for name in ("s_aux", "position_bias", "sinks")) or dropout:
+        raise NotImplementedError("attention sinks, position biases and dropout are not computed segment by segment")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    longest = max(
+        s.stop - s.start + (segments[s.parent].stop - segments[s.parent].start if s.parent != ROOT else 0)
+        for s in segments
+    )
+    if sliding_window is not None and sliding_window >= longest:
+        sliding_window = None
+    if query.dtype == torch.float32 and sliding_window is None and softcap is None:
+        return _by_kernel(query, key, value, segments, scaling), None
+    return Blocks.apply(query[0], key[0], value[0], segments, scaling, sliding_window, softcap)[None], None  # type: ignore[no-untyped-call]
+
+
+AttentionInterface.register(NAME, segment_attention)
+
+
+class Blocks(torch.autograd.Function):
+    """Attention as matrix products, one block of queries after the other; the backward pass computes the scores anew.
+
+    Scores are kept nowhere, so memory is linear in the sequence; a block's keys end where its queries do.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        segments: Sequence[Segment],
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """query [H, T, D], key and value [G, T, D]; returns [T, H, D]."""
+        ctx.save_for_backward(query, key, value)
+        ctx.how = segments, scaling, window, softcap
+        out = query.new_empty(query.shape[1], *query.shape[::2])
+        groups = key.shape[0]
+        for start, stop, before, first in _blocks(segments, window):
+            probs, _ = _probs(query, key, start, stop, before, first, scaling, window, softcap)
+            mixed = torch.bmm(probs, _keys(value, before, first, stop))
+            out[start:stop] = mixed.view(groups, -1, stop - start, query.shape[2]).flatten(0, 1).transpose(0, 1)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """The gradients of query, key and value; those of key and value are added up in float32."""
+        query, key, value = ctx.saved_tensors
+        segments, scaling, window, softcap = ctx.how
+        groups, depth = key.shape[0], key.shape[2]
+        d_query = torch.empty_like(query)
+        d_key, d_value = (torch.zeros_like(t, dtype=torch.float32) for t in (key, value))
+        for start, stop, before, first in _blocks(segments, window):
+            probs, slope = _probs(query, key, start, stop, before, first, scaling, window, softcap)
+            d_out = grads[0][start:stop].transpose(0, 1).reshape(groups, -1, depth)
+            d_values = torch.bmm(probs.transpose(1, 2), d_out)
+            d_probs = torch.bmm(d_out, _keys(value, before, first, stop).transpose(1, 2))
+            # softmax's own backward kernel: p * (dp - sum(p dp)), in one pass and float32 inside
+            d_scores = torch._softmax_backward_data(d_probs, probs, -1, probs.dtype)
+            if slope is not None:
+                d_scores = d_scores * slope
+            d_block = torch.bmm(d_scores, _keys(key, before, first, stop)).mul_(scaling)
+            d_query[:, start:stop] = d_block.view(-1, stop - start, depth)
+            queries = query[:, start:stop].reshape(groups, -1, depth)
+            d_keys = torch.bmm(d_scores.transpose(1, 2), queries).mul_(scaling)
+            length = before[1] - before[0]
+            for total, part in ((d_key, d_keys), (d_value, d_values)):
+                total[:, before[0] : before[1]] += part[:, :length]
+                total[:, first:stop] += part[:, length:]
+        return d_query, d_key.to(key.dtype), d_value.to(value.dtype), None, None, None, None
+
+
+def _blocks(segments: Sequence[Segment], window: int | None) -> Iterator[tuple[int, int, tuple[int, int], int]]:
+    """Blocks of queries [start, stop), the positions of the segment before that they see, and the first one of their own."""
+    for segment in segments:
+        parent = segments[segment.parent] if segment.parent != ROOT else Segment(0, 0)
+        for start in range(segment.start, segment.stop, ROWS):
+            first, before = segment.start, parent.start
+            if window is not None:
+                reach = start - window + 1
+                first = max(first, reach)
+                before = min(parent.stop, max(parent.start, parent.stop - (segment.start - reach)))
+            yield start, min(start + ROWS, segment.stop), (before, parent.stop), first
+
+
+def _keys(keys: Tensor, before: tuple[int, int], first: int, stop: int) -> Tensor:
+    if before[0] == before[1]:
+        return keys[:, first:stop]
+    if before[1] == first:
+        return keys[:, before[0] : stop]
+    return torch.cat([keys[:, before[0] : before[1]], keys[:, first:stop]], 1)
+
+
+def _probs(
+    query: Tensor,
+    key: Tensor,
+    start: int,
+    stop: int,
+    before: tuple[int, int],
+    first: int,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention weights of a block, [G, H/G * rows, keys], and the slope of the soft cap where there is one."""
+    rows = stop - start
+    keys = _keys(key, before, first, stop)
+    scores = torch.bmm(query[:, start:stop].reshape(key.shape[0], -1, query.shape[2]), keys.transpose(1, 2)).mul_(
+        scaling
+    )
+    slope = None
+    if softcap is not None:
+        bent = torch.tanh(scores / softcap)
+        scores, slope = bent * softcap, 1 - bent.square()
+    by_head = scores.view(key.shape[0], -1, rows, keys.shape[1])
+    by_head[..., -rows:] += torch.full((rows, rows), -torch.inf, dtype=scores.dtype, device=scores.device).triu_(1)
+    if window is not None:
+        seen = torch.arange(keys.shape[1], device=scores.device)
+        newest = torch.arange(rows, device=scores.device)[:, None] + keys.shape[1] - rows
+        by_head.masked_fill_(seen <= newest - window, -torch.inf)
+    return scores.softmax(-1), slope
+
+
+def _by_kernel(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scaling: float) -> Tensor:
+    """PyTorch's scaled dot-product attention, segment by segment. Split, not sliced: a slice's backward fills the whole with 0."""
+    lengths = [segment.stop - segment.start for segment in segments]
+    repeats = query.shape[1] // key.shape[1]
+    if repeats > 1:
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    queries, keys, values = (t.split(lengths, 2) for t in (query, key, value))
+    out = []
+    for place, segment in enumerate(segments):
+        if segment.parent == ROOT:
+            words: dict[str, Any] = {"is_causal": True}
+            k, v = keys[place], values[place]
+        else:
+            k = torch.cat([keys[segment.parent], keys[place]], 2)
+            v = torch.cat([values[segment.parent], values[place]], 2)
+            seen = torch.ones(lengths[place], k.shape[2], dtype=torch.bool, device=k.device)
+            words = {"attn_mask": seen.tril(k.shape[2] - lengths[place])}
+        out.append(torch.nn.functional.scaled_dot_product_attention(queries[place], k, v, scale=scaling, **words))
+    return torch.cat(out, 2).transpose(1, 2)
+
+
+def _flex_masks(model: Any, packed: Packed) -> Any:
+    """A block mask, or one for each type of layer where the model has windows in some of them."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    device, length = packed.input_ids.device, packed.input_ids.shape[1]
+    own, before = torch.empty(2, length, dtype=torch.int32)
+    for place, segment in enumerate(packed.segments):
+        own[segment.start : segment.stop] = place
+        before[segment.start : segment.stop] = segment.parent
+    own, before, at = own.to(device), before.to(device), packed.position_ids[0]
+
+    def mask(window: int | None) -> Any:
+        def sees(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            inside: Tensor = ((own[q] == own[k]) & (k <= q)) | (before[q] == own[k])
+            return inside if window is None else inside & (at[q] - at[k] < window)
+
+        return create_block_mask(sees, None, None, length, length, device=device)
+
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    types = set(getattr(config, "layer_types", None) or ())
+    if "sliding_attention" in types and len(types) > 1:
+        return {kind: mask(window if kind == "sliding_attention" else None) for kind in types}
+    windowed = window is not None and (not types or types == {"sliding_attention"})
+    return mask(window if windowed else None)

@@ -1,0 +1,103 @@
+"""The model in its three roles: the policy that learns, the EMA that writes, the reference that both are measured by."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sparring.model import ema
+
+Role = Literal["policy", "ema", "reference"]
+
+
+class Roles:
+    """Policy, EMA and reference, each a whole model; a role that nobody keeps falls to the policy.
+
+    Policy and EMA have float32 weights. Under bfloat16 one working copy of the policy computes; it lends itself to the EMA while
+    that writes. The reference is measured and never moves by itself, so it is held in the precision of the computation.
+    """
+
+    def __init__(self, policy: Any, *, ema_decay: float, reference: bool, dtype: torch.dtype = torch.float32) -> None:
+        """All roles start as copies of ``policy``; ``dtype`` is that of the computation."""
+        self.policy, self.dtype = policy, dtype
+        self.ema = _frozen_copy(policy) if ema_decay else None
+        self.ema_decay = ema_decay
+        self.worker = policy if dtype == torch.float32 else _working_copy(policy, dtype)
+        self.reference = _frozen_copy(policy, dtype) if reference else None
+        self.known: dict[int, Tensor] = {}  # what the reference, as it stands, said of pairs, by their serial
+
+    @contextlib.contextmanager
+    def playing(self, role: Role) -> Iterator[Any]:
+        """The model in ``role``, for forward passes without gradient."""
+        model = self.reference if role == "reference" and self.reference is not None else self.worker
+        lent = role == "ema" and self.ema is not None
+        if lent and self.worker is self.policy:
+            model, lent = self.ema, False
+        was_training = model.training
+        model.eval()
+        with torch.no_grad():
+            if lent:
+                ema.step(self.worker, self.ema, 0.0)
+            try:
+                yield model
+            finally:
+                if lent:
+                    self.sync()
+        model.train(was_training)
+
+    def sync(self) -> None:
+        """Let the working copy have the policy's weights, after they have moved."""
+        if self.worker is not self.policy:
+            ema.step(self.worker, self.policy, 0.0)
+
+    def step_ema(self) -> None:
+        """ema <- (1 - b) policy + b ema."""
+        if self.ema is not None:
+            ema.step(self.ema, self.policy, self.ema_decay)
+
+    def refresh_reference(self, source: Literal["ema", "policy"]) -> None:
+        """Copy the EMA (the policy, where there is no EMA) or the policy into the reference."""
+        assert self.reference is not None
+        origin = self.ema if source == "ema" and self.ema is not None else self.policy
+        ema.step(self.reference, origin, 0.0)
+        self.known.clear()
+
+    def kept(self) -> dict[Role, Any]:
+        """The models there are, by role."""
+        models: dict[Role, Any] = {"policy": self.policy, "ema": self.ema, "reference": self.reference}
+        return {role: model for role, model in models.items() if model is not None}
+
+
+def _frozen_copy(model: Any, dtype: torch.dtype = torch.float32) -> Any:
+    return _cast(copy.deepcopy(model).requires_grad_(False).eval(), dtype)
+
+
+def _working_copy(model: Any, dtype: torch.dtype) -> Any:
+    """A copy whose gradients are handed to ``model``'s weights, and added up there in float32, as soon as they are made."""
+    worker = _cast(copy.deepcopy(model), dtype)
+    for mine, master in zip(worker.parameters(), model.parameters(), strict=True):
+        mine.master = master
+        if mine.requires_grad:
+            mine.register_post_accumulate_grad_hook(_hand_over)
+    return worker
+
+
+def _hand_over(weight: Any) -> None:
+    master = weight.master
+    if master.grad is None:
+        master.grad = weight.grad.to(master.dtype)
+    else:
+        master.grad.add_(weight.grad)
+    weight.grad = None
+
+
+def _cast(model: Any, dtype: torch.dtype) -> Any:
+    """Weights in ``dtype``; buffers, such as rotary frequencies, as they are."""
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
+    return model
