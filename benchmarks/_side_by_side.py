@@ -157,7 +157,6 @@ def our_learner(policy: Any, reference: Any, method: Any, dtype: torch.dtype, ch
 
 def our_writer(model: Any, end_ids: Sequence[int], rows: int, dtype: torch.dtype) -> LocalWriter:
     """Our side of generation: the one place that knows how a writer is built."""
-    device = next(model.parameters()).device
     return LocalWriter(
         lambda: contextlib.nullcontext(model),
         source=lambda: "ema@0",
