@@ -88,7 +88,7 @@ def test_the_result_is_saved_in_the_start_s_precision_after_training_in_float32(
     assert AutoModelForCausalLM.from_pretrained(run.model, dtype="auto").dtype == torch.bfloat16
     from safetensors.torch import load_file
 
-    saved = load_file(run.folder / "checkpoints" / "000002" / "policy.safetensors")
+    saved = load_file(run.folder / "checkpoints" / "000002" / "policy.0-of-1.safetensors")
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
 
 

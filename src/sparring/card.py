@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sparring.config import Config
@@ -18,6 +19,7 @@ from sparring.config import Config
 def save_result(
     folder: Path,
     model: Any,
+    tensors: Mapping[str, Tensor],
     tokenizer: PreTrainedTokenizerBase,
     *,
     dtype: torch.dtype,
@@ -25,12 +27,13 @@ def save_result(
     pad_id: int,
     card: str,
 ) -> None:
-    """Write weights in ``dtype``, tokenizer with chat template, generation config and card; whole or absent."""
+    """Write the ``tensors`` of ``model`` in ``dtype``, tokenizer with chat template, generation config and card.
+
+    The folder is whole or absent.
+    """
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    weights = {
-        name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()
-    }
+    weights = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     model.generation_config.eos_token_id = sorted(end_ids)
     model.generation_config.pad_token_id = pad_id
     model.save_pretrained(part, state_dict=weights)

@@ -6,18 +6,21 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sparring.buffer import Buffer
 from sparring.data import parquet
 from sparring.model.optim import load_state_tensors, state_tensors
+from sparring.model.parallel import World, local
 from sparring.model.roles import Roles
 from sparring.records import Pair
 
@@ -51,51 +54,52 @@ class TrainState:
 def save(folder: Path, state: TrainState, *, keep: int, frozen_reference: bool) -> Path:
     """Write ``folder/<step>``, then let all but the newest ``keep`` go.
 
-    A frozen reference is the starting model and is not written. Raises OSError, and leaves nothing half written, where the
-    disk is full.
+    A frozen reference is the starting model and is not written. Of several processes each writes its own part of the weights, and
+    the main one the rest. Raises OSError, and leaves nothing half written, where the disk is full.
     """
     final = folder / f"{state.counters.step:06d}"
     part = folder / f".{final.name}.part"
-    shutil.rmtree(part, ignore_errors=True)
+    world = state.roles.world
+    if world.main:
+        shutil.rmtree(part, ignore_errors=True)
+    world.wait()
     try:
-        part.mkdir(parents=True)
+        part.mkdir(parents=True, exist_ok=True)
         for role, model in state.roles.kept().items():
             if role != "reference" or not frozen_reference:
-                save_file(_weights(model), part / f"{role}.safetensors")
-        save_file(state_tensors(state.roles.policy, state.optimizers), part / "optimizer.safetensors")
-        if known := state.roles.known:
-            tensors = {"serials": torch.tensor(list(known)), "logps": torch.stack(list(known.values()))}
-            save_file(tensors, part / "reference_logps.safetensors")
-        state.buffer.save(part / "buffer.parquet")
-        parquet.write(part / "ahead.parquet", Pair, state.ahead)
-        (part / "state.json").write_text(json.dumps(dataclasses.asdict(state.counters)))
-        for file in part.iterdir():
-            _sync(file)
-        _sync(part)
-        if final.exists():
-            shutil.rmtree(final)
-        part.rename(final)
-        _sync(folder)
+                _write(part, role, _weights(model), world)
+        _write(part, "optimizer", state_tensors(state.roles.policy, state.optimizers), world)
+        if world.main:
+            _write_rest(part, state)
+        world.wait()
+        if world.main:
+            _sync(part)
+            if final.exists():
+                shutil.rmtree(final)
+            part.rename(final)
+            _sync(folder)
     except (OSError, SafetensorError) as problem:
         shutil.rmtree(part, ignore_errors=True)
         raise OSError(f"checkpoint {final} could not be written ({problem}); earlier ones are whole") from problem
-    for old in found(folder)[:-keep]:
-        shutil.rmtree(old)
+    if world.main:
+        for old in found(folder)[:-keep]:
+            shutil.rmtree(old)
+    world.wait()
     return final
 
 
 def load(path: Path, state: TrainState) -> None:
-    """Become the state of a checkpoint; roles that it does not hold stay as they are."""
+    """Become the state of a checkpoint, which as many processes as may be have written; roles it does not hold stay as they are."""
+    world = state.roles.world
     for role, model in state.roles.kept().items():
-        file = path / f"{role}.safetensors"
-        if file.exists():
-            _load_weights(model, load_file(file))
+        if tensors := _read(path, role, world):
+            _load_weights(model, tensors)
     state.roles.sync()
     state.roles.known.clear()
     if (file := path / "reference_logps.safetensors").exists():
         known = load_file(file)
         state.roles.known.update(zip(known["serials"].tolist(), known["logps"], strict=True))
-    load_state_tensors(state.roles.policy, state.optimizers, load_file(path / "optimizer.safetensors"))
+    load_state_tensors(state.roles.policy, state.optimizers, _read(path, "optimizer", world))
     state.buffer.load(path / "buffer.parquet")
     state.ahead = list(parquet.read(path / "ahead.parquet", Pair))
     state.counters = Counters(**json.loads((path / "state.json").read_text()))
@@ -106,23 +110,73 @@ def found(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("[0-9]*") if (path / "state.json").is_file())
 
 
+def _write_rest(part: Path, state: TrainState) -> None:
+    """What is the same in all processes."""
+    if known := state.roles.known:
+        tensors = {"serials": torch.tensor(list(known)), "logps": torch.stack(list(known.values()))}
+        save_file(tensors, part / "reference_logps.safetensors")
+    state.buffer.save(part / "buffer.parquet")
+    parquet.write(part / "ahead.parquet", Pair, state.ahead)
+    (part / "state.json").write_text(json.dumps(dataclasses.asdict(state.counters)))
+    for file in part.glob("*.*"):
+        _sync(file)
+
+
+def _write(part: Path, name: str, tensors: dict[str, Tensor], world: World) -> None:
+    """This process's part of ``name``'s tensors: rows of each, in the order of the processes."""
+    file = part / f"{name}.{world.rank}-of-{world.size}.safetensors"
+    save_file(tensors, file)
+    _sync(file)
+
+
+def _read(path: Path, name: str, world: World) -> dict[str, Tensor]:
+    """This process's rows of ``name``'s tensors, from however many parts; none where there are no such files.
+
+    A tensor that is no part of a larger one (a step's number) is the same in all files.
+    """
+    with ExitStack() as opened:
+        files = sorted(
+            path.glob(f"{name}.*-of-*.safetensors"), key=lambda file: int(file.name.split(".")[-2].split("-")[0])
+        )
+        parts = [opened.enter_context(safe_open(file, "pt")) for file in files]
+        if not parts:
+            return {}
+        keys: list[str] = list(parts[0].keys())
+        if len(parts) == world.size:
+            return {key: parts[world.rank].get_tensor(key) for key in keys}
+        if any("qmap" in key for key in keys):
+            raise ValueError(f"8-bit optimizer states cannot be divided anew: resume with {len(parts)} processes")
+        return {key: _rows(parts, key, world) for key in keys}
+
+
+def _rows(parts: Sequence[Any], key: str, world: World) -> Tensor:
+    """What ``torch.chunk`` over the processes gives this one of a tensor whose rows lie in ``parts``."""
+    slices = [part.get_slice(key) for part in parts]
+    if not slices[0].get_shape():
+        scalar: Tensor = parts[0].get_tensor(key)
+        return scalar
+    lengths = [piece.get_shape()[0] for piece in slices]
+    each = -(-sum(lengths) // world.size)
+    first, last = (min(rank * each, sum(lengths)) for rank in (world.rank, world.rank + 1))
+    rows, start = [], 0
+    for piece, length in zip(slices, lengths, strict=True):
+        low, high = max(first, start), min(last, start + length)
+        if low < high:
+            rows.append(piece[low - start : high - start])
+        start += length
+    return torch.cat(rows) if rows else parts[0].get_tensor(key)[:0]
+
+
 def _weights(model: Any) -> dict[str, Tensor]:
-    """Every tensor once: tied weights share their storage, which safetensors refuses to write twice."""
-    seen: set[int] = set()
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() not in seen:
-            seen.add(tensor.data_ptr())
-            tensors[name] = tensor.contiguous()
-    return tensors
+    """Every weight of this process once, tied ones under their first name."""
+    return {name: local(p.detach()).contiguous() for name, p in model.named_parameters()}
 
 
 def _load_weights(model: Any, tensors: dict[str, Tensor]) -> None:
-    with torch.no_grad():
-        mine = model.state_dict()
-        assert tensors.keys() == _weights(model).keys(), "checkpoint of another model"
-        for name, tensor in tensors.items():
-            mine[name].copy_(tensor)
+    mine = {name: local(p.detach()) for name, p in model.named_parameters()}
+    assert tensors.keys() == mine.keys(), "checkpoint of another model"
+    for name, tensor in tensors.items():
+        mine[name].copy_(tensor)
 
 
 def _sync(path: Path) -> None:

@@ -23,14 +23,16 @@ ABOUT = ("versions", "start_fingerprint", "data_fingerprint", "base_dtype")  # l
 class Journal:
     """Writes a run directory. ``metrics.jsonl`` holds what is the same in every repetition; what is not is in ``timings.jsonl``."""
 
-    def __init__(self, folder: Path) -> None:
-        """A journal in ``folder``, which may be new."""
-        self.folder = folder
+    def __init__(self, folder: Path, *, writes: bool = True) -> None:
+        """A journal in ``folder``, which may be new; one that does not write only reads."""
+        self.folder, self.writes = folder, writes
         self.checkpoints = folder / "checkpoints"
         self.model = folder / "model"
 
     def begin(self, keys: Mapping[str, Any], **about: Any) -> None:
         """Write the resolved configuration before anything else happens."""
+        if not self.writes:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         whole = dict(keys) | {"versions": versions()} | about
         _replace(self.folder / "config.yaml", yaml.safe_dump(whole, sort_keys=False))
@@ -46,11 +48,13 @@ class Journal:
 
     def metrics(self, line: Mapping[str, Any]) -> None:
         """Append one line of metrics."""
-        _append(self.folder / "metrics.jsonl", line)
+        if self.writes:
+            _append(self.folder / "metrics.jsonl", line)
 
     def timing(self, line: Mapping[str, Any]) -> None:
         """Append one line of wall-clock figures."""
-        _append(self.folder / "timings.jsonl", line)
+        if self.writes:
+            _append(self.folder / "timings.jsonl", line)
 
     def length(self) -> int:
         """Bytes of metrics.jsonl, on the disk."""
@@ -59,6 +63,8 @@ class Journal:
 
     def rewind(self, metrics_bytes: int, step: int) -> None:
         """Take back what was written after a checkpoint."""
+        if not self.writes:
+            return
         file = self.folder / "metrics.jsonl"
         if file.exists():
             os.truncate(file, metrics_bytes)
@@ -69,6 +75,8 @@ class Journal:
 
     def round(self, number: int, groups: Sequence[Group], pairs: Sequence[Pair]) -> None:
         """Write a round's responses and pairs."""
+        if not self.writes:
+            return
         folder = self.folder / "rounds" / f"{number:05d}"
         folder.mkdir(parents=True, exist_ok=True)
         parquet.write(folder / "responses.parquet", Response, (r for g in groups for r in g.responses))
@@ -76,6 +84,8 @@ class Journal:
 
     def status(self, state: str, step: int, total: int, message: str = "") -> None:
         """Say where the run is: running, finished, stopped or failed."""
+        if not self.writes:
+            return
         line = {"state": state, "step": step, "total_steps": total, "pid": os.getpid(), "message": message}
         _replace(self.folder / "status.json", json.dumps(line))
 

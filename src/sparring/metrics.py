@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
-from typing import Any
+from dataclasses import fields
 
 import torch
 from torch import Tensor
 
 from sparring import losses
 from sparring.methods.base import LogProbs, Method, Preference
+from sparring.model.parallel import World
+
+COLUMNS = [field.name for field in fields(LogProbs) if field.name not in ("mean_tokens", "kl")]
 
 
 def describe(logps: LogProbs, method: Method) -> dict[str, float]:
@@ -36,17 +38,29 @@ def describe(logps: LogProbs, method: Method) -> dict[str, float]:
     return metrics | {name: float(value) for name, value in rewards.items()}
 
 
-def detached(logps: LogProbs) -> LogProbs:
-    """The same numbers without their history."""
-    tensors: dict[str, Any] = {name: value for name, value in vars(logps).items() if isinstance(value, Tensor)}
-    return replace(logps, **{name: tensor.detach() for name, tensor in tensors.items()})
+class Tally:
+    """The log-probs and loss terms of an update, pair by pair, as its micro-batches bring them, in whatever process."""
 
+    def __init__(self, count: int, device: torch.device) -> None:
+        """Of ``count`` pairs."""
+        self._count, self._device = count, device
+        self._columns: dict[str, Tensor] = {}
 
-def joined(batches: Sequence[tuple[list[int], LogProbs]]) -> LogProbs:
-    """The whole update's log-probs, in the order of its pairs."""
-    order = torch.tensor([place for places, _ in batches for place in places]).argsort()
-    columns: dict[str, Any] = {}
-    for name in (f.name for f in fields(LogProbs) if f.name not in ("mean_tokens", "kl")):
-        values = torch.cat([getattr(logps, name) for _, logps in batches])
-        columns[name] = values[order.to(values.device)]
-    return replace(batches[0][1], **columns)
+    def add(self, places: Sequence[int], logps: LogProbs, terms: dict[str, Tensor]) -> None:
+        """Those of the pairs at ``places``."""
+        values = {f"logps {name}": getattr(logps, name) for name in COLUMNS} | {
+            f"term {n}": t for n, t in terms.items()
+        }
+        for name, value in values.items():
+            if name not in self._columns:
+                self._columns[name] = torch.zeros(self._count, dtype=torch.float32, device=self._device)
+            self._columns[name][list(places)] = value.detach().float()
+
+    def close(self, world: World, mean_tokens: float, kl: Tensor) -> tuple[LogProbs, dict[str, float]]:
+        """The whole update's log-probs, in the order of its pairs, and each term's mean over them; the same in all processes."""
+        table = world.sum(torch.stack([self._columns[name] for name in sorted(self._columns)]))
+        found = dict(zip(sorted(self._columns), table, strict=True))
+        terms = {
+            name.removeprefix("term "): float(found[name].mean()) for name in self._columns if name.startswith("term ")
+        }
+        return LogProbs(**{name: found[f"logps {name}"] for name in COLUMNS}, mean_tokens=mean_tokens, kl=kl), terms

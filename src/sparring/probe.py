@@ -26,7 +26,8 @@ class Probe:
 
     def prepare(self, prompts: Sequence[Prompt]) -> None:
         """Let the start answer a few prompts at temperature 1; a resumed run reads what its start wrote."""
-        if self.file.exists():
+        world = self.learner.roles.world
+        if world.any(self.file.exists()):
             return
         chosen = [
             prompts[i]
@@ -42,9 +43,12 @@ class Probe:
         rows = [
             {"prompt": list(p.token_ids), "response": list(w.token_ids)} for p, w in zip(chosen, written, strict=True)
         ]
-        part = self.file.with_name(self.file.name + ".part")
-        part.write_text(json.dumps({"rows": rows, "logps": self._logps(rows).tolist()}))
-        part.replace(self.file)
+        logps = self._logps(rows).tolist()
+        if world.main:
+            part = self.file.with_name(self.file.name + ".part")
+            part.write_text(json.dumps({"rows": rows, "logps": logps}))
+            part.replace(self.file)
+        world.wait()
 
     def kl(self) -> float:
         """KL(start || policy) in nats per token, estimated on the start's samples.

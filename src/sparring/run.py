@@ -11,6 +11,7 @@ from sparring.config import Config, resolve
 from sparring.journal import Journal
 from sparring.methods import method as method_called
 from sparring.methods.base import Method
+from sparring.model.parallel import joined
 from sparring.progress import Bars
 from sparring.recipes import read_recipe
 from sparring.session import Run, Session
@@ -45,11 +46,15 @@ def train(
     if model is not None and tokenizer is None:
         raise ValueError("a model object needs its tokenizer: give tokenizer=")
     _require_extras(config)
-    journal = Journal(Path(config.run.output_dir))
-    _refuse_taken(journal, config)
-    with Session(config, journal, Bars(quiet), model=model, tokenizer=tokenizer, rows=train_dataset) as session:
-        session.begin(model, train_dataset)
-        return session.run()
+    with joined(config.model.device) as world:
+        journal = Journal(Path(config.run.output_dir), writes=world.main)
+        if world.main:
+            _refuse_taken(journal, config)
+        world.wait()
+        parts = config, journal, Bars(quiet or not world.main)
+        with Session(*parts, model=model, tokenizer=tokenizer, rows=train_dataset, world=world) as session:
+            session.begin(model, train_dataset)
+            return session.run()
 
 
 def resume(output_dir: str | Path, *, quiet: bool = False) -> Run:
@@ -63,15 +68,23 @@ def resume(output_dir: str | Path, *, quiet: bool = False) -> Run:
     config = resolve(kind, keys, {"output_dir": str(output_dir)})
     if (journal.folder / "model" / "config.json").exists():
         return Run(journal.folder, "finished", "it was finished before")
-    with Session(config, journal, Bars(quiet)) as session:
-        for name, mine in session.about.items():
-            if about[name] != mine and name.endswith("fingerprint"):
-                part = name.removesuffix("_fingerprint")
-                raise ValueError(
-                    f"the {part} of {output_dir} changed since the run began ({about[name]}, now {mine}): put it back"
-                )
-        session.restore()
-        return session.run()
+    with joined(config.model.device) as world:
+        journal = Journal(journal.folder, writes=world.main)
+        with Session(config, journal, Bars(quiet or not world.main), world=world) as session:
+            if world.main:
+                _refuse_changed(session, about)
+            session.restore()
+            return session.run()
+
+
+def _refuse_changed(session: Session, about: dict[str, Any]) -> None:
+    """Raise ValueError where model or data are no longer what the run began with."""
+    for name, mine in session.about.items():
+        if about[name] != mine and name.endswith("fingerprint"):
+            part = name.removesuffix("_fingerprint")
+            raise ValueError(
+                f"the {part} of {session.journal.folder} changed since the run began ({about[name]}, now {mine}): put it back"
+            )
 
 
 def _require_extras(config: Config) -> None:

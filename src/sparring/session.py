@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
@@ -15,17 +14,19 @@ import torch
 
 from sparring import checkpoint
 from sparring.actors.local import LocalWriter
+from sparring.actors.shared import SharedWriter
 from sparring.buffer import Buffer
 from sparring.card import model_card, save_result
 from sparring.checkpoint import TrainState
 from sparring.config import Config
-from sparring.data.datasets import Loaded, load
+from sparring.data.datasets import Loaded, digest, load
 from sparring.interrupt import asked_to_stop
 from sparring.journal import Journal, read_lines, tracker
 from sparring.learner import Learner
 from sparring.loop import Round, Update, play
-from sparring.methods.base import Context, Method
+from sparring.methods.base import Context, Method, Writer
 from sparring.model import policy
+from sparring.model.parallel import ALONE, World, whole
 from sparring.model.roles import Role, Roles
 from sparring.monitor import Monitor
 from sparring.probe import Probe
@@ -67,9 +68,10 @@ class Session:
         model: Any = None,
         tokenizer: Any = None,
         rows: Any = None,
+        world: World = ALONE,
     ) -> None:
         """Read data, then the model; every fault in them is found here."""
-        self.config, self.journal, self.bars = config, journal, bars
+        self.config, self.journal, self.bars, self.world = config, journal, bars, world
         self.method: Method = config.method
         device = policy.pick_device(config.model.device)
         if model is None:
@@ -80,19 +82,27 @@ class Session:
             self.loaded: Loaded = load(config.data, self.chat, need=self.method.needs, rows=rows, tick=tick)
         self.prompts: Sequence[Prompt] = self.loaded.prompts
         self.dtype_shipped = policy.shipped_dtype(config.model) if model is None else model.dtype
-        start = policy.load_model(config.model, device) if model is None else policy.adopt(model, device)
+        where = (
+            device if world.size == 1 else torch.device("cpu" if world.main else "meta")
+        )  # sharding brings it to the device
+        start = policy.load_model(config.model, where) if model is None else policy.adopt(model, where)
         policy.check_vocabulary(self.chat.tokenizer, start)
-        self.max_length = _room(start, self.prompts, config.data.max_length)
+        self.max_length = policy.room(start, self.prompts, config.data.max_length)
 
         training = config.training
         self.updates_per_epoch = math.ceil(len(self.prompts) / training.batch_size)
         wanted = math.ceil(training.num_train_epochs * self.updates_per_epoch)
         self.total_steps = training.max_steps if training.max_steps > 0 else wanted
         self.cadence = self.method.cadence(training.batch_size, self.updates_per_epoch)
-        self.about = {"start_fingerprint": policy.fingerprint(start), "data_fingerprint": _digest(self.prompts)}
+        self.about = {
+            "start_fingerprint": policy.fingerprint(start) if world.main else "",
+            "data_fingerprint": digest(self.prompts),
+        }
         dtype = torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
         compares = self.cadence.reference != "none"
-        roles = Roles(start, ema_decay=self.cadence.ema_decay, reference=compares, dtype=dtype)
+        roles = Roles(
+            start, ema_decay=self.cadence.ema_decay, reference=compares, dtype=dtype, world=world, device=device
+        )
         self.learner = Learner(
             roles, self.method, training, pad_id=self.chat.pad_id, total_steps=self.total_steps, say=self._say
         )
@@ -105,7 +115,10 @@ class Session:
         self.context = Context(writers, self.seeds, self.max_length)
         self.probe = Probe(self.learner, self.context, self.journal.folder / "probe.json")
         self.tracker = tracker(
-            config.run.report_to, journal.folder, config.run.run_name or journal.folder.name, config.flat()
+            config.run.report_to if world.main else "none",
+            journal.folder,
+            config.run.run_name or journal.folder.name,
+            config.flat(),
         )
 
     def __enter__(self) -> Session:
@@ -117,6 +130,8 @@ class Session:
     def begin(self, model: Any, rows: Any) -> None:
         """Write the run directory's configuration, and what was given as objects."""
         self.journal.folder.mkdir(parents=True, exist_ok=True)
+        if not self.world.main:
+            return
         if model is not None:
             model.save_pretrained(self.config.model.model_name_or_path)
             self.chat.tokenizer.save_pretrained(self.config.model.model_name_or_path)
@@ -139,19 +154,23 @@ class Session:
 
     def run(self) -> Run:
         """Play to the end, an alarm or a signal; save; write the result where the end was reached."""
-        outcome = None
+        outcome, folder = None, self.journal.folder
         try:
             self.probe.prepare(self.prompts)
             with asked_to_stop() as asked, self._bar() as self.tick:
                 while outcome is None:
                     outcome = self._play(asked)
         except OSError as problem:
-            words = f"{problem}. Mend it (is the disk full?), then `sparring resume {self.journal.folder}` goes on"
+            words = f"{problem}. Mend it (is the disk full?), then `sparring resume {folder}` goes on"
             self._fail(words)
             raise OSError(words) from problem
         except (ValueError, RuntimeError) as problem:
-            self._fail(str(problem))
-            raise
+            if self.world.size == 1 or isinstance(problem, ValueError):
+                self._fail(str(problem))
+                raise
+            words = f"{problem}. Another process may have ended: its output says why. `resume {folder}` in all of them goes on"
+            self._fail(words)
+            raise ConnectionError(words) from problem
         if outcome.state == "finished":
             self._write_result()
         self.journal.status(outcome.state, self.state.counters.step, self.total_steps, outcome.message)
@@ -169,7 +188,7 @@ class Session:
             else:
                 news = self._log_update(event, time.perf_counter() - began)
                 began = time.perf_counter()
-                if asked.get("stop"):
+                if self.world.any(asked.get("stop", False)):
                     self._save()
                     return Run(
                         folder, "interrupted", f"stopped by a signal after update {now.step}: sparring resume {folder}"
@@ -237,9 +256,13 @@ class Session:
         if self.learner.roles.ema is not None:
             artefacts.append(("model_ema", self.learner.roles.ema, "The EMA of the policy"))
         for name, model, what in reversed(artefacts):  # the policy last: its folder says that the run is finished
+            tensors = whole(model, self.world)
+            if not self.world.main:
+                continue
             save_result(
                 self.journal.folder / name,
                 model,
+                tensors,
                 self.chat.tokenizer,
                 card=model_card(self.config, about=about, rows=rows, figures=last, what=what),
                 dtype=self.dtype_shipped,
@@ -254,40 +277,21 @@ class Session:
         except OSError as problem:
             self.bars.say(f"status.json could not be written: {problem}", "red")
 
-    def _writer(self, role: Role) -> LocalWriter:
+    def _writer(self, role: Role) -> Writer:
         kept = self.learner.roles.kept()
         name = role if role in kept else "policy"
-        return LocalWriter(
-            lambda: self.learner.roles.playing(role),
+        writer = LocalWriter(
+            lambda: self.learner.roles.playing(role, alone=True),
             source=lambda: f"{name}@{self.state.counters.step}",
             decode=self.chat.decode,
             end_ids=self.chat.end_ids,
             pad_id=self.chat.pad_id,
             batch_size=self.config.generation.generation_batch_size,
         )
+        return writer if self.world.size == 1 else SharedWriter(writer, self.world, self.learner.device)
 
     def _say(self, text: str) -> None:
         self.bars.say(text, "dim")
 
     def _bar(self) -> Any:
         return self.bars.stage(self.method.name, self.total_steps, self.state.counters.step, "updates")
-
-
-def _room(model: Any, prompts: Sequence[Prompt], max_length: int) -> int:
-    """max_length, or the model's own limit where that is less and the data fits; ValueError where it does not fit."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or max_length
-    lengths = ((len(p.token_ids) + len(r.token_ids), p.id) for p in prompts for r in (p.human, p.rejected) if r)
-    longest, row = max(lengths, default=(0, 0))
-    if longest > limit:
-        raise ValueError(
-            f"row {row} has {longest} tokens and the model reads {limit} (max_position_embeddings): lower max_length"
-        )
-    return min(max_length, limit)
-
-
-def _digest(prompts: Sequence[Prompt]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for prompt in prompts:
-        for ids in (prompt.token_ids, *(r.token_ids for r in (prompt.human, prompt.rejected) if r)):
-            digest.update(len(ids).to_bytes(4, "big") + ids.tobytes())
-    return digest.hexdigest()

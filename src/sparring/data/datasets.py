@@ -6,6 +6,7 @@ an error, raised before anything is tokenized.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -119,6 +120,15 @@ def texts_of(config: DataConfig) -> Iterator[str]:
                 text = part.get("content") if isinstance(part, Mapping) else part
                 if isinstance(text, str):
                     yield text
+
+
+def digest(prompts: Sequence[Prompt]) -> str:
+    """A fingerprint of all tokens of a data set."""
+    digest = hashlib.blake2b(digest_size=16)
+    for prompt in prompts:
+        for ids in (prompt.token_ids, *(r.token_ids for r in (prompt.human, prompt.rejected) if r)):
+            digest.update(len(ids).to_bytes(4, "big") + ids.tobytes())
+    return digest.hexdigest()
 
 
 def _sources(name: str, need: Need, table: Sequence[Row], column_map: Mapping[str, str]) -> dict[str, str]:

@@ -126,7 +126,9 @@ def _nll(model: Any, chat: Chat, prompts: Sequence[Prompt], tick: Callable[[int]
     if not answered:
         return math.nan
     device = next(model.parameters()).device
-    scorer, _ = checked(kind_for(device, model.config._attn_implementation), model, answered, chat.pad_id, device)
+    scorer, _ = checked(
+        kind_for(device, model.config._attn_implementation), model, answered, chat.pad_id, device, model.dtype
+    )
     total = 0.0
     for places in scorer.cut(answered, max(BUDGET, *map(scorer.size, answered))):
         total -= float(scorer.token_logps(model, [answered[i] for i in places])[0].double().sum())

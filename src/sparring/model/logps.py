@@ -83,7 +83,8 @@ class Scorer:
     def _hidden(self, model: Any, packed: Packed) -> Tensor:
         """Final hidden states at the positions that predict the scored tokens, [N, H]."""
         bare = unwrapped(model)
-        states: Tensor = bare.base_model(**inputs(bare, packed, self.kind)).last_hidden_state[0]
+        backbone = getattr(bare, "backbone", bare.base_model)  # a sharded model gathers its outer weights for it
+        states: Tensor = backbone(**inputs(bare, packed, self.kind)).last_hidden_state[0]
         return states[packed.scored.predictors]
 
 
@@ -94,8 +95,18 @@ def padded_logps(model: Any, padded: Padded) -> Tensor:
     return flat.gather(1, padded.scored.targets[:, None]).squeeze(1) - flat.logsumexp(1)
 
 
-def checked(kind: Kind, model: Any, groups: Sequence[Group], pad_id: int, device: torch.device) -> tuple[Scorer, str]:
-    """A scorer of ``kind`` where it agrees with the dense one on the shortest of ``groups``, else the dense one; and why."""
+def checked(
+    kind: Kind,
+    model: Any,
+    groups: Sequence[Group],
+    pad_id: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Scorer, str]:
+    """A scorer of ``kind`` where it agrees with the dense one on the shortest of ``groups``, else the dense one; and why.
+
+    ``dtype`` is that of the computation, and decides how near they have to be.
+    """
     dense = Scorer("dense", pad_id, device)
     if kind == "dense":
         return dense, "dense layout: one padded row for each response"
@@ -112,8 +123,7 @@ def checked(kind: Kind, model: Any, groups: Sequence[Group], pad_id: int, device
         return dense, f"dense layout, since this model cannot be packed: {problem}"
     finally:
         model.train(was_training)
-    exact = next(model.parameters()).dtype == torch.float32 and device.type == "cpu"
-    limit = 1e-3 if exact else 5e-2
+    limit = 1e-3 if dtype == torch.float32 and device.type == "cpu" else 5e-2
     if not error <= limit:
         return dense, f"dense layout, since packed ({kind}) log-probs are off by {error:.2g} nats per token"
     shares = "" if kind == "varlen" else ", common prefixes once"

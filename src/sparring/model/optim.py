@@ -9,16 +9,24 @@ import torch
 from torch import Tensor
 
 from sparring.config import TrainingConfig
+from sparring.model.parallel import local
 
 
 def make_optimizers(model: Any, config: TrainingConfig) -> list[torch.optim.Optimizer]:
     """The optimizer of ``config.optim`` over the trainable weights; Muon comes with an AdamW for what is no hidden matrix.
 
-    Weight decay spares vectors (norms and biases). Raises ValueError where this PyTorch has no Muon.
+    Weight decay spares vectors (norms and biases). Of a sharded model each process steps its own part. Raises ValueError where
+    this PyTorch has no Muon, or the model is sharded, whose matrices Muon needs whole.
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    outer = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
+    named = [(name, local(p)) for name, p in model.named_parameters() if p.requires_grad]
+    outer = {
+        id(local(m.weight)) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None
+    }
     hidden = [p for _, p in named if p.ndim == 2 and id(p) not in outer] if config.optim == "muon" else []
+    if hidden and any(local(p) is not p for p in model.parameters()):
+        raise ValueError(
+            "optim is muon, which needs whole matrices, and there are several processes: use adamw_torch_fused"
+        )
     taken = {id(p) for p in hidden}
     groups = [
         {"params": [p for _, p in named if id(p) not in taken and p.ndim >= 2], "weight_decay": config.weight_decay},
@@ -63,7 +71,7 @@ def learning_rate(step: int, total: int, config: TrainingConfig) -> float:
 
 def state_tensors(model: Any, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
     """The optimizers' whole state as tensors that share no storage, named ``weight's name/key``; an int's key ends in ``#``."""
-    names = {id(p): name for name, p in model.named_parameters()}
+    names = {id(local(p)): name for name, p in model.named_parameters()}
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     for optimizer in optimizers:
@@ -80,7 +88,7 @@ def state_tensors(model: Any, optimizers: list[torch.optim.Optimizer]) -> dict[s
 
 def load_state_tensors(model: Any, optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
     """Put back what ``state_tensors`` took out."""
-    names = {id(p): name for name, p in model.named_parameters()}
+    names = {id(local(p)): name for name, p in model.named_parameters()}
     by_weight: dict[str, dict[str, Tensor | int]] = {}
     for name, value in tensors.items():
         weight, _, key = name.rpartition("/")

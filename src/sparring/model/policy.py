@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,21 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from sparring.config import ModelConfig
 from sparring.data.chat import Chat
+from sparring.records import Prompt
 
 
 def load_model(config: ModelConfig, device: torch.device) -> Any:
-    """The starting model with float32 weights on ``device``; ValueError where it cannot be one, before weights are read."""
+    """The starting model with float32 weights on ``device``; ValueError where it cannot be one, before weights are read.
+
+    On the device ``meta`` it has none, and they are not read.
+    """
     where = _found(config)
     check_causal(config)
+    if device.type == "meta":
+        with device:
+            words = {"attn_implementation": config.attn_implementation, "trust_remote_code": config.trust_remote_code}
+            empty: Any = AutoModelForCausalLM.from_config(_config(config), dtype=torch.float32, **words)
+        return prepared(empty)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             where,
@@ -139,6 +148,18 @@ def fingerprint(model: Any) -> str:
     return digest.hexdigest()
 
 
+def room(model: Any, prompts: Sequence[Prompt], max_length: int) -> int:
+    """max_length, or the model's own limit where that is less and the data fits; ValueError where it does not fit."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or max_length
+    lengths = ((len(p.token_ids) + len(r.token_ids), p.id) for p in prompts for r in (p.human, p.rejected) if r)
+    longest, row = max(lengths, default=(0, 0))
+    if longest > limit:
+        raise ValueError(
+            f"row {row} has {longest} tokens and the model reads {limit} (max_position_embeddings): lower max_length"
+        )
+    return min(max_length, limit)
+
+
 def pick_device(name: str) -> torch.device:
     """The device that ``auto``, ``cpu`` or ``cuda:1`` names; ValueError where this machine lacks it."""
     if name == "auto":
@@ -187,9 +208,9 @@ def _rms_norm(norm: Any, hidden_states: torch.Tensor) -> torch.Tensor:
 def _is_plain(norm: Any) -> bool:
     """Whether ``norm`` gives what ``rms_norm`` gives, on numbers that would show a mean taken off or 1 added to the weight."""
     weight = getattr(norm, "weight", None)
-    if weight is None or weight.device.type == "meta" or not hasattr(norm, "variance_epsilon"):
+    if weight is None or weight.ndim != 1 or not hasattr(norm, "variance_epsilon"):
         return False
-    sample = torch.linspace(-1.0, 2.0, weight.numel(), device=weight.device, dtype=weight.dtype)[None]
-    return bool(
-        torch.allclose(_rms_norm(norm, sample), norm(sample), rtol=1e-2 if weight.dtype == torch.bfloat16 else 1e-5)
-    )
+    trial = copy.copy(norm)  # of the same class, whatever its weight is made of
+    trial._parameters = {"weight": nn.Parameter(torch.linspace(0.5, 2.0, len(weight), device="cpu"))}
+    sample = torch.linspace(-1.0, 2.0, len(weight), device="cpu")[None]
+    return bool(torch.allclose(_rms_norm(trial, sample), type(norm).forward(trial, sample), rtol=1e-5))

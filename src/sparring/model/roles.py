@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from sparring.model import ema
+from sparring.model.parallel import ALONE, World, gathered, shard, together
 
 Role = Literal["policy", "ema", "reference"]
 
@@ -19,28 +21,49 @@ class Roles:
     """Policy, EMA and reference, each a whole model; a role that nobody keeps falls to the policy.
 
     Policy and EMA have float32 weights. Under bfloat16 one working copy of the policy computes; it lends itself to the EMA while
-    that writes. The reference is measured and never moves by itself, so it is held in the precision of the computation.
+    that writes. The reference is measured and never moves by itself, so it is held in the precision of the computation. With
+    several processes all are sharded, and FSDP2 makes what computes of the float32 weights.
     """
 
-    def __init__(self, policy: Any, *, ema_decay: float, reference: bool, dtype: torch.dtype = torch.float32) -> None:
-        """All roles start as copies of ``policy``; ``dtype`` is that of the computation."""
-        self.policy, self.dtype = policy, dtype
+    def __init__(
+        self,
+        policy: Any,
+        *,
+        ema_decay: float,
+        reference: bool,
+        dtype: torch.dtype = torch.float32,
+        world: World = ALONE,
+        device: torch.device | None = None,
+    ) -> None:
+        """All roles start as copies of ``policy``, on ``device`` where they are sharded; ``dtype`` is that of the computation."""
+        self.dtype, self.ema_decay, self.world = dtype, ema_decay, world
+        self.known: dict[int, Tensor] = {}  # what the reference, as it stands, said of pairs, by their serial
+        if world.size > 1:
+            assert device is not None
+            copied = partial(shard, policy, world, device, computes=dtype)
+            self.policy = self.worker = copied(trains=True)
+            self.ema = copied() if ema_decay else None
+            self.reference = copied(held=dtype) if reference else None
+            return
+        self.policy = policy
         self.ema = _frozen_copy(policy) if ema_decay else None
-        self.ema_decay = ema_decay
         self.worker = policy if dtype == torch.float32 else _working_copy(policy, dtype)
         self.reference = _frozen_copy(policy, dtype) if reference else None
-        self.known: dict[int, Tensor] = {}  # what the reference, as it stands, said of pairs, by their serial
 
     @contextlib.contextmanager
-    def playing(self, role: Role) -> Iterator[Any]:
-        """The model in ``role``, for forward passes without gradient."""
+    def playing(self, role: Role, *, alone: bool = False) -> Iterator[Any]:
+        """The model in ``role``, for forward passes without gradient.
+
+        Of a sharded one all processes make the same number of passes, unless each has to be ``alone``: then its weights are
+        gathered for as long as it plays.
+        """
         model = self.reference if role == "reference" and self.reference is not None else self.worker
         lent = role == "ema" and self.ema is not None
         if lent and self.worker is self.policy:
             model, lent = self.ema, False
         was_training = model.training
         model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), gathered(model) if alone else together(model):
             if lent:
                 ema.step(self.worker, self.ema, 0.0)
             try:

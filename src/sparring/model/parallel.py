@@ -1,0 +1,216 @@
+"""The processes of a run: how they find each other, what they add up, and models whose weights are sharded over them (FSDP2).
+
+Every process plays the same game on the same random streams, so buffers, draws and decisions agree without being sent; what is
+divided is the work (scoring, generating) and the weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from sparring.model.policy import prepared
+
+TIMEOUT = timedelta(hours=2)  # the slowest process of a round may be generating while the others wait
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that train together; by itself there is one."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0  # its number on its machine
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes the run directory."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over processes, in place, the same to the bit in all of them."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Whether it holds in one process at least."""
+        if self.size == 1:
+            return flag
+        return bool(self.sum(torch.tensor(float(flag), device=_meeting_device())).item())
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        self.any(False)
+
+    def deal(self, sizes: Sequence[int]) -> list[list[int]]:
+        """Places of ``sizes`` for each process, in rising order, the largest first to whoever has least."""
+        shares: list[list[int]] = [[] for _ in range(self.size)]
+        loads = [0] * self.size
+        for place in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+            least = loads.index(min(loads))
+            shares[least].append(place)
+            loads[least] += sizes[place]
+        return [sorted(share) for share in shares]
+
+
+ALONE = World()
+
+
+@contextlib.contextmanager
+def joined(device: str, environment: Mapping[str, str] = os.environ) -> Iterator[World]:
+    """The world that torchrun, ``accelerate launch`` or Slurm's srun has started this process in; alone where none has.
+
+    Raises ValueError where a machine has fewer CUDA devices than processes.
+    """
+    found = _launched(environment)
+    if found is None or dist.is_initialized():
+        yield ALONE if found is None else found[0]
+        return
+    world, meeting = found
+    cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    if cuda:
+        if world.local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"process {world.local_rank} of this machine has no CUDA device ({torch.cuda.device_count()} are here): "
+                "start as many processes as there are devices, or use --device cpu"
+            )
+        torch.cuda.set_device(world.local_rank)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(backend, init_method=meeting, rank=world.rank, world_size=world.size, timeout=TIMEOUT)
+    yield world
+    dist.destroy_process_group()  # after a failure the others may be gone, and the end of the process says it
+
+
+def shard(
+    start: Any,
+    world: World,
+    device: torch.device,
+    *,
+    computes: torch.dtype,
+    held: torch.dtype = torch.float32,
+    trains: bool = False,
+) -> Any:
+    """A copy of ``start`` of which every process holds a part of each weight (FSDP2), filled from the main process's weights.
+
+    Elsewhere ``start`` may be without storage. Weights are held in one precision and gathered in another to compute. Layers are
+    filled one after the other, so that no process ever has more than one of them whole.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    with torch.device("meta"):
+        made = type(start)(start.config)
+    made.tie_weights()
+    made.generation_config = start.generation_config
+    made.train(start.training)
+    source = {**dict(start.named_parameters(remove_duplicate=False)), **dict(start.named_buffers())}
+    known: dict[int, nn.Parameter] = {}
+
+    def fill(module: nn.Module, name: str) -> None:
+        """Give the module's own weights and buffers storage, and the main process's values."""
+        for kind in (module._parameters, module._buffers):
+            for own, empty in list(kind.items()):
+                if empty is None or not empty.is_meta:
+                    continue
+                dtype = held if kind is module._parameters else empty.dtype
+                value = torch.empty(empty.shape, dtype=dtype, device=device)
+                if world.main:
+                    value.copy_(source[f"{name}{own}"].detach())
+                dist.broadcast(value, 0)
+                if kind is module._buffers:
+                    module._buffers[own] = value
+                else:
+                    if id(empty) not in known:
+                        known[id(empty)] = nn.Parameter(value, requires_grad=trains)
+                    module._parameters[own] = known[id(empty)]
+
+    words: dict[str, Any] = {}
+    if computes != held:
+        words["mp_policy"] = MixedPrecisionPolicy(param_dtype=computes, reduce_dtype=torch.float32)
+    blocks = set(made._no_split_modules or ())
+    for name, layer in made.named_modules():
+        if type(layer).__name__ in blocks:
+            for inner, module in layer.named_modules(prefix=name):
+                fill(module, f"{inner}.")
+            fully_shard(layer, **words)
+    for name, module in made.named_modules():
+        fill(module, f"{name}." if name else "")
+    fully_shard(made, reshard_after_forward=False, **words)  # the head is used after the forward pass
+    for module in _sharded(made):
+        module.set_gradient_divide_factor(1.0)  # a plain sum: losses are divided by the pairs of all processes
+        module.set_force_sum_reduction_for_comms(True)
+    made.backbone = made.base_model.forward  # what the hooks of the whole stand around
+    register_fsdp_forward_method(made, "backbone")
+    return prepared(made)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor; an unsharded one itself."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+@contextlib.contextmanager
+def together(model: Any) -> Iterator[None]:
+    """Forward passes that all processes make side by side; weights that they gathered are let go at the end."""
+    try:
+        yield
+    finally:
+        for module in _sharded(model):
+            module.reshard()
+
+
+@contextlib.contextmanager
+def gathered(model: Any) -> Iterator[None]:
+    """Forward passes that every process makes by itself, for which all weights are gathered, in the precision that computes."""
+    for module in _sharded(model):
+        module.unshard()
+        module.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for module in _sharded(model):
+            module.reshard()
+            module.set_reshard_after_forward(module is not model, recurse=False)
+
+
+def whole(model: Any, world: World) -> dict[str, Tensor]:
+    """All of a model's tensors, tied ones once; sharded ones are gathered one by one, on the main process's CPU alone."""
+    every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    again = every - {name for name, _ in model.named_parameters()}
+    found = {}
+    for name, tensor in model.state_dict().items():
+        if name not in again:
+            full = tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+            if world.main:
+                found[name] = full
+    return found
+
+
+def _sharded(model: Any) -> list[Any]:
+    return [module for module in model.modules() if hasattr(module, "unshard")]
+
+
+def _meeting_device() -> torch.device:
+    return torch.device("cuda" if "nccl" in dist.get_backend_config() and torch.cuda.is_available() else "cpu")
+
+
+def _launched(environment: Mapping[str, str]) -> tuple[World, str] | None:
+    """This process's place as its launcher wrote it into the environment, and where the processes meet."""
+    if int(environment.get("WORLD_SIZE", 1)) > 1:  # torchrun and accelerate
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        return World(*(int(environment[name]) for name in names)), "env://"
+    if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # srun; a shell that salloc opened has no such variable
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+        host = environment.get("MASTER_ADDR") or environment["SLURM_LAUNCH_NODE_IPADDR"]
+        port = environment.get("MASTER_PORT") or 10000 + int(environment["SLURM_JOB_ID"]) % 20000
+        return World(*(int(environment[name]) for name in names)), f"tcp://{host}:{port}"
+    return None

@@ -1,0 +1,64 @@
+"""What each of two processes does in test_two_processes.py. Not a test."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from small import PAD, pair, tiny_llama
+
+from sparring.config import TrainingConfig
+from sparring.learner import Learner
+from sparring.methods.offline import DPO
+from sparring.methods.sapo import SAPO
+from sparring.model.parallel import World, joined, whole
+from sparring.model.roles import Roles
+
+PAIRS = [
+    pair([5, 6, 7], [10, 11, 12, 2], [10, 11, 40, 41, 2]),
+    pair([8, 9], [20, 21, 2], [22, 2]),
+    pair([5, 9, 9, 9, 9], [30, 31, 32, 33, 34, 2], [30, 50, 2]),
+    pair([7], [13, 2], [14, 15, 16, 2]),
+    pair([4, 4], [60, 2], [61, 2]),
+]
+CASES: dict[str, dict[str, Any]] = {
+    "tied": {},
+    "untied, checkpointed": {"tied": False, "gradient_checkpointing": True},
+    "bf16": {"dtype": torch.bfloat16},
+}
+METHODS = {"dpo": DPO(), "sapo": SAPO(loss_type="orpo")}
+
+
+def play(name: str, world: World, dtype: torch.dtype = torch.float32, **keys: Any) -> dict[str, torch.Tensor]:
+    """Four updates with an EMA and a reference that moves; every role's weights, and the figures of the updates."""
+    tied = keys.pop("tied", True)
+    start = tiny_llama(num_key_value_heads=1, tie_word_embeddings=tied) if world.main else None
+    if start is None:
+        with torch.device("meta"):
+            start = tiny_llama(num_key_value_heads=1, tie_word_embeddings=tied)
+    parts: dict[str, Any] = {"ema_decay": 0.5, "reference": True, "dtype": dtype}
+    roles = Roles(start, world=world, device=torch.device("cpu"), **parts)
+    config = TrainingConfig(learning_rate=1e-3, warmup_ratio=0.0, max_tokens_per_micro_batch=20, **keys)
+    made = Learner(roles, METHODS[name], config, pad_id=PAD, total_steps=10)
+    figures = []
+    for step in range(4):
+        metrics = made.update(PAIRS, step)
+        figures.append([metrics[key] for key in ("loss", "grad_norm", "logps/chosen", "rewards/margins")])
+        roles.step_ema()
+        if step == 1:
+            roles.refresh_reference("ema")
+    tensors = {"figures": torch.tensor(figures)}
+    for role, model in roles.kept().items():
+        tensors |= {f"{role}/{key}": value.clone() for key, value in whole(model, world).items()}
+    return tensors
+
+
+if __name__ == "__main__":
+    out = Path(sys.argv[1])
+    with joined("cpu") as world:
+        for name in METHODS:
+            for case, keys in CASES.items():
+                found = play(name, world, **keys)
+                if world.main:
+                    save_file(found, out / f"{name}-{case}.safetensors")
