@@ -1,4 +1,4 @@
-"""Generation in this process: rows sorted by length, batched with padding on the left, leaving the batch when they end."""
+"""Generation in this process: packed where the model can be, padded where it cannot."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
-from transformers import DynamicCache
 
+from sparring.actors.linear import fast_linears
+from sparring.actors.packed import Batch, Row, can_pack
+from sparring.actors.padded import write_padded
+from sparring.actors.sampling import choose
 from sparring.methods.base import Request, Sampling, Writing
+from sparring.model.attention import Kind, kind_for
 from sparring.records import Tokens, tokens
+
+__all__ = ["LocalWriter", "choose"]
 
 
 class LocalWriter:
@@ -35,8 +39,8 @@ class LocalWriter:
     ) -> None:
         """``playing`` gives the model; ``source`` its name at the time; ``tick`` is told of finished rows."""
         self._playing, self._source, self._decode = playing, source, decode
-        self.end_ids, self.pad_id, self.batch_size = end_ids, pad_id, batch_size
-        self._tick = tick
+        self.end_ids, self.pad_id, self.batch_size, self._tick = end_ids, pad_id, batch_size, tick
+        self.layouts: dict[tuple[type, torch.dtype], Kind] = {}  # that models turned out to be right in
 
     @property
     def source(self) -> str:
@@ -49,86 +53,23 @@ class LocalWriter:
 
     def write(self, requests: Sequence[Request], sampling: Sampling) -> list[Writing]:
         """One writing for each request, in order."""
-        written: dict[int, Writing] = {}
-        order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].token_ids), -requests[i].max_new_tokens))
-        with self._playing() as model:
-            for start in range(0, len(order), self.batch_size):
-                places = order[start : start + self.batch_size]
-                written |= zip(places, self._batch(model, [requests[i] for i in places], sampling), strict=True)
-                self._tick(len(places))
-        return [written[i] for i in range(len(requests))]
+        rows = [Row(request) for request in requests]
+        with self._playing() as playing, torch.no_grad():
+            model = playing.get_base_model() if hasattr(playing, "get_base_model") else playing
+            with fast_linears(model):
+                kind = self._layout(model)
+                if kind == "dense":
+                    write_padded(model, rows, self.batch_size, sampling, self.end_ids, self.pad_id, self._tick)
+                else:
+                    Batch(model, kind, self.batch_size, sampling, self.end_ids, self._tick).write(rows)
+        return [Writing(tokens(row.ids), finished=bool(row.ids) and row.ids[-1] in self.end_ids) for row in rows]
 
-    def _batch(self, model: Any, requests: Sequence[Request], sampling: Sampling) -> list[Writing]:
-        device = next(model.parameters()).device
-        longest = max(request.max_new_tokens for request in requests)
-        draws = torch.from_numpy(
-            np.stack([np.random.Generator(np.random.Philox(r.seed)).random(longest) for r in requests])
-        )
-        draws = draws.to(device)
-        ids, mask = self._padded([request.token_ids for request in requests], device)
-        ends = torch.tensor(sorted(self.end_ids), device=device)
-        limits = torch.tensor([request.max_new_tokens for request in requests], device=device)
-        out = torch.full((len(requests), longest), -1, dtype=torch.long, device=device)
-        rows = torch.arange(len(requests), device=device)  # the rows still in the batch
-        position = mask.sum(1, keepdim=True)
-        cache = DynamicCache(config=model.config)
-        inputs, positions = ids, (mask.cumsum(1) - 1).clamp(min=0)
-        for step in range(longest):
-            logits = (
-                model(
-                    input_ids=inputs,
-                    attention_mask=mask,
-                    position_ids=positions,
-                    past_key_values=cache,
-                    use_cache=True,
-                    logits_to_keep=1,
-                )
-                .logits[:, -1]
-                .float()
-            )
-            token = choose(logits, draws[rows, step], sampling)
-            out[rows, step] = torch.where(limits[rows] > step, token, -1)
-            going = ~torch.isin(token, ends) & (limits[rows] > step + 1)
-            left = int(going.sum())
-            if left == 0:
-                break
-            if left < len(rows):  # a smaller batch is cheaper than rows that write into the void
-                kept = going.nonzero().squeeze(1)
-                cache.batch_select_indices(kept)
-                rows, token, mask, position = rows[kept], token[kept], mask[kept], position[kept]
-            inputs, positions = token[:, None], position
-            position = position + 1
-            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
-        return [self._ended([t for t in row if t >= 0]) for row in out.tolist()]
-
-    def _ended(self, ids: list[int]) -> Writing:
-        return Writing(tokens(ids), finished=bool(ids) and ids[-1] in self.end_ids)
-
-    def _padded(self, sequences: Sequence[Tokens], device: torch.device) -> tuple[Tensor, Tensor]:
-        width = max(len(sequence) for sequence in sequences)
-        ids = torch.full((len(sequences), width), self.pad_id, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, sequence in enumerate(sequences):
-            ids[row, width - len(sequence) :] = torch.frombuffer(sequence, dtype=torch.int32).long()
-            mask[row, width - len(sequence) :] = 1
-        return ids.to(device), mask.to(device)
-
-
-def choose(logits: Tensor, draws: Tensor, sampling: Sampling) -> Tensor:
-    """A token for each row of ``logits`` [R, V] by inverting the distribution function at ``draws`` [R] in [0, 1).
-
-    Temperature, then the ``top_k`` likeliest, then the smallest set whose probability reaches ``top_p``, as transformers orders
-    them. Temperature 0 takes the likeliest.
-    """
-    if sampling.temperature == 0:
-        return logits.argmax(1)
-    logits = logits / sampling.temperature
-    ranked = sampling.top_k > 0 or sampling.top_p < 1
-    count = min(sampling.top_k or logits.shape[1], logits.shape[1])
-    values, ids = logits.topk(count, sorted=True) if ranked else (logits, None)
-    probs = values.double().softmax(1)
-    if sampling.top_p < 1:
-        probs = torch.where(probs.cumsum(1) - probs < sampling.top_p, probs, 0.0)
-    total = probs.cumsum(1)
-    place = torch.searchsorted(total, (draws.double() * total[:, -1])[:, None], right=True).clamp(max=count - 1)
-    return (place if ids is None else ids.gather(1, place)).squeeze(1)
+    def _layout(self, model: Any) -> Kind:
+        weight = next(model.parameters())
+        name = type(model), weight.dtype
+        if name not in self.layouts:
+            # A model may be dense for lack of a kernel with soft-capped scores, which ours has.
+            kinds: list[Kind] = [kind_for(weight.device, model.config._attn_implementation), "segments"]
+            packable = (kind for kind in kinds if kind != "dense" and can_pack(model, kind))
+            self.layouts[name] = next(packable, "dense")
+        return self.layouts[name]

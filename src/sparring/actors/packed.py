@@ -1,0 +1,169 @@
+"""Generation without padding: prompts are read packed, their rows written side by side; one that ends makes room for another."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparring.actors.cache import Columns, Piece, Recorder, attending_columns
+from sparring.actors.sampling import choose
+from sparring.data.packing import Group, pack
+from sparring.methods.base import Request, Sampling
+from sparring.model.attention import Kind, attending, inputs
+from sparring.records import Tokens, tokens
+
+READ = 8192  # tokens of prompts in one forward pass, unless one prompt has more
+GONE = 8  # a batch is put together anew when one row in so many has ended
+TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of the logits' spread, for their root mean square difference
+UNPACKABLE = (NotImplementedError, TypeError, AttributeError, KeyError, ValueError, IndexError, RuntimeError)
+
+
+class Row:
+    """A request, its random stream, and what is written so far."""
+
+    def __init__(self, request: Request) -> None:
+        self.prompt, self.limit, self._seed = request.token_ids, request.max_new_tokens, request.seed
+        self.ids: list[int] = []
+        self.going = self.limit > 0
+        self._draws = np.empty(0)
+
+    def draw(self) -> float:
+        """The number in [0, 1) that decides the next token."""
+        if not self.going:
+            return 0.0
+        if not self.ids:  # not before it is its turn: many rows may wait
+            self._draws = np.random.Generator(np.random.Philox(self._seed)).random(self.limit)
+        return float(self._draws[len(self.ids)])
+
+    def add(self, token: int, ends: frozenset[int]) -> None:
+        """Take a token, unless the row has ended."""
+        if self.going:
+            self.ids.append(token)
+            self.going = token not in ends and len(self.ids) < self.limit
+
+
+class Batch:
+    """Writes rows with a model, at most ``size`` at a time."""
+
+    def __init__(
+        self, model: Any, kind: Kind, size: int, sampling: Sampling, ends: frozenset[int], tick: Callable[[int], None]
+    ) -> None:
+        self.model, self.kind, self.size = model, kind, size
+        self.sampling, self.ends, self.tick = sampling, ends, tick
+        self.device = next(model.parameters()).device
+
+    def write(self, rows: Sequence[Row]) -> None:
+        """Write ``rows`` to their ends; long prompts come first, and equal ones together."""
+        self.tick(sum(not row.going for row in rows))
+        waiting = deque(
+            sorted((r for r in rows if r.going), key=lambda r: (-len(r.prompt), r.prompt.tobytes(), -r.limit))
+        )
+        batch: list[Row] = []
+        columns: Columns | None = None
+        while batch or waiting:
+            source: dict[Row, int | Piece] = {row: place for place, row in enumerate(batch) if row.going}
+            source |= self._enter([waiting.popleft() for _ in range(min(self.size - len(source), len(waiting)))])
+            batch = sorted((row for row in source if row.going), key=lambda row: -len(row.prompt) - len(row.ids))
+            if batch:
+                room = max(row.limit - len(row.ids) for row in batch)
+                columns = Columns([source[row] for row in batch], columns, room)
+                del source  # the packed prompts
+                self._go_on(batch, columns)
+
+    def _enter(self, rows: Sequence[Row]) -> dict[Row, int | Piece]:
+        """Read the prompts of ``rows`` and write a first token for each."""
+        by_prompt: dict[bytes, list[Row]] = {}
+        for row in rows:
+            by_prompt.setdefault(row.prompt.tobytes(), []).append(row)
+        pieces: dict[Row, int | Piece] = {}
+        for part in _parts(list(by_prompt.values())):
+            logits, found = read(self.model, self.kind, [same[0].prompt for same in part], self.device)
+            pieces |= {row: piece for same, piece in zip(part, found, strict=True) for row in same}
+            places = torch.tensor([place for place, same in enumerate(part) for _ in same], device=self.device)
+            self._choose([row for same in part for row in same], logits[places])
+        return pieces
+
+    def _go_on(self, batch: Sequence[Row], columns: Columns) -> None:
+        """Write on until it pays to put the batch together anew."""
+        with attending_columns(self.model):
+            going = len(batch)
+            while going and not columns.full and (len(batch) - going) * GONE < len(batch):
+                logits = step(self.model, columns, [row.ids[-1] for row in batch], [row.going for row in batch])
+                self._choose(batch, logits)
+                going = sum(row.going for row in batch)
+
+    def _choose(self, rows: Sequence[Row], logits: Tensor) -> None:
+        draws = torch.tensor([row.draw() for row in rows], dtype=torch.float64, device=self.device)
+        before = sum(row.going for row in rows)
+        for row, token in zip(rows, choose(logits, draws, self.sampling).tolist(), strict=True):
+            row.add(token, self.ends)
+        self.tick(before - sum(row.going for row in rows))
+
+
+def read(model: Any, kind: Kind, prompts: Sequence[Tokens], device: torch.device) -> tuple[Tensor, list[Piece]]:
+    """Logits [P, V] of what comes after each of ``prompts``, and where their keys and values are."""
+    packed = pack([Group(prompt, [prompt[:1]]) for prompt in prompts], device)  # of one token, which is not laid out
+    words = inputs(model, packed, kind) | {"use_cache": True, "past_key_values": (recorder := Recorder())}
+    with attending(model, kind):
+        logits: Tensor = model(**words, logits_to_keep=packed.scored.predictors).logits[0]
+    return logits, [Piece(recorder, segment.start, segment.stop) for segment in packed.segments]
+
+
+def step(model: Any, columns: Columns, ids: Sequence[int], going: Sequence[bool]) -> Tensor:
+    """Logits [R, V] of what comes after ``ids``, which are put into the cache."""
+    device = columns.kept[0][0].device
+    # A row that has ended is written on into the void, where positions may have run out.
+    at = [columns.length(row) if goes else 0 for row, goes in enumerate(going)]
+    inputs, positions = torch.tensor([ids, at], device=device)[:, :, None]
+    words = {"past_key_values": columns, "use_cache": True, "columns": columns}
+    logits: Tensor = model(input_ids=inputs, position_ids=positions, attention_mask=None, **words).logits[:, -1]
+    columns.end += 1
+    return logits
+
+
+@torch.no_grad()
+def can_pack(model: Any, kind: Kind) -> bool:
+    """Whether generation without padding gives the logits of plain forward passes; the same for the same model always."""
+    config, device = model.config.get_text_config(), next(model.parameters()).device
+    layers = set(getattr(config, "layer_types", None) or ())
+    if layers - {"full_attention", "sliding_attention"}:
+        return False
+    prompts, more = [[(7919 * i + 13 * n) % config.vocab_size for i in range(n)] for n in (11, 3, 6)], (1, 5)
+    try:
+        first, pieces = read(model, kind, [tokens(prompt) for prompt in prompts], device)
+        found = [first[[0, 2]]]
+        order = [0, 2, 1]
+        with attending_columns(model):
+            columns = Columns([pieces[row] for row in order], None, 1)
+            found.append(step(model, columns, [more[0]] * 3, [True] * 3)[:2])
+            columns = Columns([0, 1], columns, 1)
+            found.append(step(model, columns, [more[1]] * 2, [True] * 2))
+        for row, prompt in enumerate((prompts[0], prompts[2])):
+            ids = torch.tensor([[*prompt, *more]], device=device)
+            expected = model(input_ids=ids, use_cache=False).logits[0, -3:].float()
+            away = torch.stack([logits[row] for logits in found]).float() - expected
+            if not away.square().mean().sqrt() <= TOLERANCE.get(columns.kept[0][0].dtype, 1e-3) * expected.std():
+                return False
+    except UNPACKABLE:
+        return False
+    windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    expects = "sliding_attention" in layers if layers else bool(windowed)
+    return not expects or columns.windows != {None}
+
+
+def _parts(groups: Sequence[list[Row]]) -> Iterator[list[list[Row]]]:
+    part: list[list[Row]] = []
+    size = 0
+    for group in groups:
+        if part and size + len(group[0].prompt) > READ:
+            yield part
+            part, size = [], 0
+        part.append(group)
+        size += len(group[0].prompt)
+    if part:
+        yield part
