@@ -112,8 +112,9 @@ def found(folder: Path) -> list[Path]:
 
 def _write_rest(part: Path, state: TrainState) -> None:
     """What is the same in all processes."""
-    if known := state.roles.known:
-        tensors = {"serials": torch.tensor(list(known)), "logps": torch.stack(list(known.values()))}
+    known = state.roles.known
+    if serials := [pair.serial for pair in state.buffer.pairs if pair.serial in known]:
+        tensors = {"serials": torch.tensor(serials), "logps": torch.stack([known[serial] for serial in serials])}
         save_file(tensors, part / "reference_logps.safetensors")
     state.buffer.save(part / "buffer.parquet")
     parquet.write(part / "ahead.parquet", Pair, state.ahead)

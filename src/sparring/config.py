@@ -89,6 +89,10 @@ class TrainingConfig:
     )
     num_train_epochs: float = key(1.0, "Times that every prompt, or given pair, comes up", unit="epochs", above=0)
     max_steps: int = key(-1, "Updates in all; above 0 it overrides num_train_epochs", unit="updates", least=-1)
+    precompute_ref_log_probs: bool = key(
+        True,
+        "Given pairs, a reference that never moves: its log-probs are computed first, kept on disk, and it leaves memory",
+    )
     gradient_checkpointing: bool = key(False, "Recompute activations in the backward pass: less memory, a third slower")
     term_grad_norm_steps: int = key(
         10, "Measure each loss term's own gradient norm every so many updates; 0: never", unit="updates", least=0

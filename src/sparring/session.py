@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from sparring import checkpoint
+from sparring import checkpoint, reference
 from sparring.actors.local import LocalWriter
 from sparring.actors.shared import SharedWriter
 from sparring.buffer import Buffer
@@ -82,9 +82,8 @@ class Session:
             self.loaded: Loaded = load(config.data, self.chat, need=self.method.needs, rows=rows, tick=tick)
         self.prompts: Sequence[Prompt] = self.loaded.prompts
         self.dtype_shipped = policy.shipped_dtype(config.model) if model is None else model.dtype
-        where = (
-            device if world.size == 1 else torch.device("cpu" if world.main else "meta")
-        )  # sharding brings it to the device
+        # Where it will be sharded, one process has it, and sharding brings it to the devices.
+        where = device if world.size == 1 else torch.device("cpu" if world.main else "meta")
         start = policy.load_model(config.model, where) if model is None else policy.adopt(model, where)
         policy.check_vocabulary(self.chat.tokenizer, start)
         self.max_length = policy.room(start, self.prompts, config.data.max_length)
@@ -95,14 +94,15 @@ class Session:
         self.total_steps = training.max_steps if training.max_steps > 0 else wanted
         self.cadence = self.method.cadence(training.batch_size, self.updates_per_epoch)
         self.about = {
-            "start_fingerprint": policy.fingerprint(start) if world.main else "",
+            "start_fingerprint": world.told(policy.fingerprint(start) if world.main else ""),
             "data_fingerprint": digest(self.prompts),
         }
         dtype = torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
-        compares = self.cadence.reference != "none"
-        roles = Roles(
-            start, ema_decay=self.cadence.ema_decay, reference=compares, dtype=dtype, world=world, device=device
-        )
+        wanted = training.precompute_ref_log_probs
+        used = self.total_steps * training.batch_size
+        self.reference_first = wanted and reference.can_go_first(self.method, self.cadence, used, len(self.prompts))
+        kept = self.cadence.reference != "none" and not self.reference_first
+        roles = Roles(start, ema_decay=self.cadence.ema_decay, reference=kept, dtype=dtype, world=world, device=device)
         self.learner = Learner(
             roles, self.method, training, pad_id=self.chat.pad_id, total_steps=self.total_steps, say=self._say
         )
@@ -184,6 +184,8 @@ class Session:
         began = time.perf_counter()
         for event in play(self.state, *parts):
             if isinstance(event, Round):
+                if self.reference_first and now.step == 0:
+                    reference.compute(self.learner, self.state.buffer.pairs, self.about["start_fingerprint"], self.bars)
                 news = self._log_round(event)
             else:
                 news = self._log_update(event, time.perf_counter() - began)

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from sparring.actors.linear import fast_linears
 from sparring.actors.packed import Batch, Row, can_pack
 from sparring.actors.padded import write_padded
 from sparring.actors.sampling import choose
@@ -56,12 +55,11 @@ class LocalWriter:
         rows = [Row(request) for request in requests]
         with self._playing() as playing, torch.no_grad():
             model = playing.get_base_model() if hasattr(playing, "get_base_model") else playing
-            with fast_linears(model):
-                kind = self._layout(model)
-                if kind == "dense":
-                    write_padded(model, rows, self.batch_size, sampling, self.end_ids, self.pad_id, self._tick)
-                else:
-                    Batch(model, kind, self.batch_size, sampling, self.end_ids, self._tick).write(rows)
+            kind = self._layout(model)
+            if kind == "dense":
+                write_padded(model, rows, self.batch_size, sampling, self.end_ids, self.pad_id, self._tick)
+            else:
+                Batch(model, kind, self.batch_size, sampling, self.end_ids, self._tick).write(rows)
         return [Writing(tokens(row.ids), finished=bool(row.ids) and row.ids[-1] in self.end_ids) for row in rows]
 
     def _layout(self, model: Any) -> Kind:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparring.model.linear import product
+
 KEPT = {"cpu": 2**27, "cuda": 2**30}  # bytes of logits at a time, where a group's fit; larger ones are computed twice
 CACHED = {"cpu": 2**22, "cuda": 2**28}  # bytes of float32 logits that are normalised at a time
 
@@ -66,9 +68,7 @@ class Head:
 
     def _probs(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Probabilities (times the soft cap's slope) [n, V], log-probs of the targets, and the soft cap's slope at them."""
-        logits = torch.nn.functional.linear(
-            hidden, self.weight.detach(), None if self.bias is None else self.bias.detach()
-        )
+        logits = product(hidden, self.weight.detach(), None if self.bias is None else self.bias.detach())
         logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         slopes = torch.empty_like(logps) if self.cap else None
         for rows in _cut(0, len(targets), self._rows(logits, CACHED, 4)):
@@ -101,15 +101,12 @@ class Head:
         if self.weight.requires_grad:
             grad = gradient(self.weight)
             weighted = (hidden * slope).to(hidden.dtype)
-            if grad.dtype == hidden.dtype:
-                grad.addmm_(probs.T, weighted, alpha=-1)
-            else:
-                grad.sub_(probs.T @ weighted)
+            grad.sub_(product(probs.T, weighted.T))
             grad.index_add_(0, targets, (hidden * at_target).to(grad.dtype))
         if self.bias is not None and self.bias.requires_grad:
             grad = gradient(self.bias)
             grad.sub_((slope.to(probs.dtype).T @ probs)[0]).index_add_(0, targets, at_target[:, 0].to(grad.dtype))
-        return (weight[targets] * at_target - (probs @ weight) * slope).to(hidden.dtype)
+        return (weight[targets] * at_target - product(probs, weight.T) * slope).to(hidden.dtype)
 
     def _rows(self, like: Tensor, limits: dict[str, int], width: int | None = None) -> int:
         return max(1, limits.get(like.device.type, 2**27) // (self.weight.shape[0] * (width or like.element_size())))

@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from sparring.config import ModelConfig
 from sparring.data.chat import Chat
+from sparring.model.linear import quicken
 from sparring.records import Prompt
 
 
@@ -125,11 +126,12 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
 
 
 def prepared(model: Any) -> Any:
-    """``model`` with every dropout at 0, since policy and reference must agree where their weights do, and with fast norms.
+    """``model`` with every dropout at 0, since policy and reference must agree where their weights do, and with fast layers.
 
     A norm that multiplies x / rms(x) by its weight, as Llama's does, is computed by PyTorch's own ``rms_norm``.
     """
     for module in model.modules():
+        quicken(module)
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):

@@ -1,0 +1,71 @@
+"""A reference that never moves, on pairs that are given: its log-probs computed once before training, and kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from sparring.journal import versions
+from sparring.learner import Learner
+from sparring.methods.base import Cadence, Method
+from sparring.progress import Bars
+from sparring.records import Pair
+
+CHUNK = 512  # pairs between two moves of the bar
+
+
+def can_go_first(method: Method, cadence: Cadence, pairs_used: int, prompts: int) -> bool:
+    """Whether all that the reference will ever be asked is known before the first update, and all of it will be used.
+
+    Then the reference need not stay in memory: before the first update it is the policy.
+    """
+    given = method.needs == "pairs" and cadence.prompts_per_round is None and cadence.reference == "initial"
+    return given and not method.mismatched and pairs_used >= prompts
+
+
+def compute(learner: Learner, pairs: Sequence[Pair], start_fingerprint: str, bars: Bars) -> None:
+    """Let ``learner`` know the reference's log-probs of ``pairs``, from the disk where an earlier run left them."""
+    file = folder() / f"{_key(learner, pairs, start_fingerprint)}.safetensors"
+    world = learner.roles.world
+    if not world.any(not file.is_file()):
+        for pair, sums in zip(pairs, load_file(file)["logps"], strict=True):
+            learner.roles.known[pair.serial] = sums
+        bars.say(f"the reference's log-probs of {len(pairs)} pairs are known from an earlier run: {file}", "dim")
+        return
+    order = sorted(range(len(pairs)), key=lambda i: pairs[i].length)  # micro-batches of like lengths
+    with bars.stage("reference", len(pairs), unit="pairs") as tick:
+        for start in range(0, len(pairs), CHUNK):
+            some = [pairs[i] for i in order[start : start + CHUNK]]
+            learner.reference_sums(some)
+            tick(len(some))
+    if world.main:
+        part = file.with_name(f"{file.name}.{os.getpid()}.part")
+        part.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"logps": torch.stack([learner.roles.known[pair.serial] for pair in pairs])}, part)
+        part.replace(file)
+
+
+def folder() -> Path:
+    """Where reference log-probs are kept: ``$SPARRING_CACHE/reference``, by default under ``~/.cache/sparring``."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("SPARRING_CACHE") or Path(cache) / "sparring") / "reference"
+
+
+def _key(learner: Learner, pairs: Sequence[Pair], start_fingerprint: str) -> str:
+    """A digest of all that the numbers depend on; the tokens hold tokenizer, template, lengths and data."""
+    digest = hashlib.blake2b(digest_size=16)
+    about = (start_fingerprint, learner.roles.dtype, learner.device.type, learner.budget, learner.roles.world.size)
+    digest.update(repr((*about, versions(), learner.roles.policy.config._attn_implementation)).encode())
+    for pair in pairs:
+        sides = [side.token_ids for side in (pair.chosen, pair.rejected) if side is not None]
+        digest.update(
+            repr((pair.chosen_scored, pair.rejected_scored, *map(len, (pair.prompt_token_ids, *sides)))).encode()
+        )
+        for ids in (pair.prompt_token_ids, *sides):
+            digest.update(ids.tobytes())
+    return digest.hexdigest()
