@@ -1,4 +1,4 @@
-"""What the benchmarks share: shapes, pairs, our side and TRL's, clocks and memory peaks, tables. Not a benchmark itself."""
+"""What the benchmarks share: shapes, pairs, our side and TRL's, clocks and memory peaks. Not a benchmark itself."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import gc
 import os
 import random
 import re
-import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,6 @@ from sparring.model.policy import prepared
 from sparring.model.roles import Roles
 from sparring.records import Pair, Response, Tokens, tokens
 
-RESULTS = Path(__file__).parent / "results"
 PAD, END, FIRST = 0, 2, 3  # random text is made of the ids from FIRST on
 BATCH = 8  # pairs in a step
 RATE = 1e-6
@@ -185,12 +183,19 @@ def trl_head(compact: bool) -> Iterator[list[int]]:
             return head.apply(hidden, *rest)
 
     utils._use_triton, utils._ChunkedLogProbFunction = lambda device: compact, Counted
-    yield scored
-    utils._use_triton, utils._ChunkedLogProbFunction = asked, head
+    try:
+        yield scored
+    finally:
+        utils._use_triton, utils._ChunkedLogProbFunction = asked, head
 
 
-def trl_trainer(policy: Any, reference: Any, pairs: Sequence[Pair], folder: str, callback: Any, **keys: Any) -> Any:
-    """TRL's DPOTrainer on tokens that are given, with its own training loop; ``losses`` holds each step's loss."""
+def trl_trainer(
+    policy: Any, reference: Any, pairs: Sequence[Pair], sums: Sequence[Any], folder: str, callback: Any, **keys: Any
+) -> Any:
+    """TRL's DPOTrainer on tokens that are given, with its own training loop; ``losses`` holds each step's loss.
+
+    ``sums`` are the reference's log-probs of each pair's responses, which it uses while its ``precompute_ref_logps`` is set.
+    """
     from datasets import Dataset
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -210,6 +215,7 @@ def trl_trainer(policy: Any, reference: Any, pairs: Sequence[Pair], folder: str,
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<end>", unk_token="<unk>")
     rows = [(p.prompt_token_ids, p.chosen.token_ids, p.rejected.token_ids) for p in pairs if p.rejected]
     columns = zip(("prompt_ids", "chosen_ids", "rejected_ids"), zip(*rows, strict=True), strict=True)
+    known = {"ref_chosen_logps": [float(a) for a, _ in sums], "ref_rejected_logps": [float(b) for _, b in sums]}
     config = DPOConfig(
         folder,
         beta=0.1,
@@ -228,7 +234,7 @@ def trl_trainer(policy: Any, reference: Any, pairs: Sequence[Pair], folder: str,
         report_to="none",
         **keys,
     )
-    data = Dataset.from_dict({name: [list(ids) for ids in column] for name, column in columns})
+    data = Dataset.from_dict({name: [list(ids) for ids in column] for name, column in columns} | known)
     trainer = Trainer(policy, reference, config, train_dataset=data, processing_class=tokenizer, callbacks=[callback])
     trainer.losses = []
     trainer.remove_callback(PrinterCallback)
@@ -294,11 +300,3 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 0) -> floa
         torch.nn.functional.linear(a, b)
         best = min(best, clock.stop())
     return 2.0 * size**3 / best
-
-
-def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Median and range."""
-    if not values:
-        return "-"
-    low, high = min(values), max(values)
-    return f"{statistics.median(values):.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
