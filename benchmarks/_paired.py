@@ -85,7 +85,7 @@ class Turns(TrainerCallback):  # type: ignore[misc]
         self.compare = False
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        batch, side, into = self.plan[state.global_step]
+        _, side, into = self.plan[state.global_step]
         self.trainer.precompute_ref_logps = side.precomputed
         self.head = contextlib.ExitStack()
         self.scored = self.head.enter_context(trl_head(side.compact))
@@ -146,7 +146,12 @@ def compared(cell: Cell, sides: Sequence[Side], steps: int, peaks: int) -> Found
     found = Found()
     batches = cell.batches(1 + steps + peaks)
     into = ["", *["seconds"] * steps, *["peaks"] * peaks]
-    plan = [(i, side, into[i]) for i in range(len(batches)) for side in sides if not (side.precomputed and into[i] == "peaks")]
+    plan = [
+        (i, side, into[i])
+        for i in range(len(batches))
+        for side in sides
+        if not (side.precomputed and into[i] == "peaks")
+    ]
     learner = our_learner(
         llama(cell.shape, cell.device), llama(cell.shape, cell.device, 1), DPO(), DTYPES[cell.dtype], cell.checkpointing
     )
@@ -190,4 +195,4 @@ def meter(into: str, device: torch.device) -> Clock | Peak:
 
 def flat(model: Any) -> torch.Tensor:
     """All gradients in one vector."""
-    return torch.cat([p.grad.flatten().float() for p in model.parameters() if p.requires_grad and p.grad is not None])
+    return torch.cat([p.grad.flatten().double() for p in model.parameters() if p.requires_grad and p.grad is not None])

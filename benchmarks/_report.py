@@ -1,4 +1,4 @@
-"""What the benchmarks print and write: tables of figures with the command and the machine they come from. Not a benchmark itself."""
+"""What the benchmarks print and write: tables with the command and the machine they come from. Not a benchmark itself."""
 
 from __future__ import annotations
 
@@ -24,8 +24,12 @@ def parser(about: str) -> argparse.ArgumentParser:
     """A parser with the keys that every benchmark has; ``about`` is its module's docstring."""
     made = argparse.ArgumentParser(description=about.split("\n")[0])
     made.add_argument("--json", type=Path, help="write the same figures to this file")
-    made.add_argument("--results", type=Path, help="folder of the Markdown; default benchmarks/results, nothing with --quick")
-    made.add_argument("--quick", action="store_true", help="the short form, to see that it runs: too few steps for a claim")
+    made.add_argument(
+        "--results", type=Path, help="folder of the Markdown; default benchmarks/results, nothing with --quick"
+    )
+    made.add_argument(
+        "--quick", action="store_true", help="the short form, to see that it runs: too few steps for a claim"
+    )
     return made
 
 

@@ -9,7 +9,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,13 +153,13 @@ def our_learner(policy: Any, reference: Any, method: Any, dtype: torch.dtype, ch
     return Learner(roles, method, config, pad_id=PAD, total_steps=1000)
 
 
-def our_writer(model: Any, end_ids: Sequence[int], rows: int, dtype: torch.dtype) -> LocalWriter:
+def our_writer(playing: Callable[[], contextlib.AbstractContextManager[Any]], rows: int) -> LocalWriter:
     """Our side of generation: the one place that knows how a writer is built."""
     return LocalWriter(
-        lambda: contextlib.nullcontext(model),
+        playing,
         source=lambda: "ema@0",
         decode=lambda ids: " ".join(map(str, ids)),
-        end_ids=frozenset(end_ids),
+        end_ids=frozenset({END}),
         pad_id=PAD,
         batch_size=rows,
     )
