@@ -81,6 +81,7 @@ class Turns(TrainerCallback):  # type: ignore[misc]
         self.plan, self.found, self.device = plan, found, device
         self.ours: Callable[[int, str], None] = lambda batch, into: None
         self.trainer: Any = None
+        self.head = contextlib.ExitStack()
         self.gradient: torch.Tensor | None = None
         self.compare = False
 
@@ -111,14 +112,16 @@ class Turns(TrainerCallback):  # type: ignore[misc]
 class Own:
     """Our side's turns."""
 
-    def __init__(self, learner: Learner, batches: Sequence[Sequence[Pair]], found: Found) -> None:
-        self.learner, self.batches, self.found = learner, batches, found
+    def __init__(
+        self, learner: Learner, batches: Sequence[Sequence[Pair]], found: Found, names: Sequence[str] = (OURS, CACHED)
+    ) -> None:
+        self.learner, self.batches, self.found, self.names = learner, batches, found, names
         self.steps = 0
         self.gradient: torch.Tensor | None = None
 
     def __call__(self, batch: int, into: str) -> None:
-        """Two updates on a batch: the first meets its pairs for the first time, the second knows their reference."""
-        for name in (OURS, CACHED):
+        """Updates on a batch: the first meets its pairs for the first time, a second one knows their reference."""
+        for name in self.names:
             if batch == 0 and name == OURS:
                 self._keep_gradient()
             watch = meter(into, self.learner.device)
@@ -141,8 +144,11 @@ class Own:
         self.learner._step = once  # type: ignore[method-assign]
 
 
-def compared(cell: Cell, sides: Sequence[Side], steps: int, peaks: int) -> Found:
-    """A warm-up, then ``steps`` batches with a clock, then ``peaks`` with an eye on memory; every side on every batch."""
+def compared(cell: Cell, sides: Sequence[Side], steps: int, peaks: int, cached: bool = True) -> Found:
+    """A warm-up, then ``steps`` batches with a clock, then ``peaks`` with an eye on memory; every side on every batch.
+
+    ``cached``: ours also takes a step that knows the reference.
+    """
     found = Found()
     batches = cell.batches(1 + steps + peaks)
     into = ["", *["seconds"] * steps, *["peaks"] * peaks]
@@ -155,7 +161,7 @@ def compared(cell: Cell, sides: Sequence[Side], steps: int, peaks: int) -> Found
     learner = our_learner(
         llama(cell.shape, cell.device), llama(cell.shape, cell.device, 1), DPO(), DTYPES[cell.dtype], cell.checkpointing
     )
-    own, turns = Own(learner, batches, found), Turns(plan, cell.device, found)
+    own, turns = Own(learner, batches, found, (OURS, CACHED)[: 1 + cached]), Turns(plan, cell.device, found)
     turns.compare = True
 
     def ours(batch: int, place: str) -> None:
@@ -170,21 +176,33 @@ def compared(cell: Cell, sides: Sequence[Side], steps: int, peaks: int) -> Found
 
 
 def run_trl(
-    cell: Cell, policy: Any, reference: Any, batches: Sequence[Sequence[Pair]], turns: Turns, learner: Learner | None
+    cell: Cell,
+    policy: Any,
+    reference: Any,
+    batches: Sequence[Sequence[Pair]],
+    turns: Turns,
+    learner: Learner | None = None,
+    adapters: Any = None,
 ) -> None:
-    """Let TRL train along the plan of ``turns``; ``learner`` gives the reference's log-probs, where a side wants them."""
+    """Let TRL train along the plan of ``turns``.
+
+    ``learner`` gives the reference's log-probs to the sides that want them; without it they are 0, and such a side's loss is none.
+    """
     precomputed = learner is not None and any(side.precomputed for _, side, _ in turns.plan)
     rows, sums = [], []
     for batch, _, _ in turns.plan:
         rows += batches[batch]
         known = [replace(pair, serial=-1) for pair in batches[batch]]
         sums.append(learner.reference_sums(known) if precomputed and learner else torch.zeros(2 * len(known)))
-    keys = {"bf16": cell.dtype == "bf16", "gradient_checkpointing": cell.checkpointing}
+    keys = {"bf16": cell.dtype == "bf16", "gradient_checkpointing": cell.checkpointing, "adapters": adapters}
     with tempfile.TemporaryDirectory() as folder:
         pairs_of_sums = torch.cat(sums).view(-1, 2).tolist()
         turns.trainer = trl_trainer(policy, reference, rows, pairs_of_sums, folder, turns, **keys)
-        turns.trainer.train()
-    exact_memory(False)
+        try:
+            turns.trainer.train()
+        finally:
+            turns.head.close()
+            exact_memory(False)
 
 
 def meter(into: str, device: torch.device) -> Clock | Peak:

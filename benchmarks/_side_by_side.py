@@ -190,11 +190,19 @@ def trl_head(compact: bool) -> Iterator[list[int]]:
 
 
 def trl_trainer(
-    policy: Any, reference: Any, pairs: Sequence[Pair], sums: Sequence[Any], folder: str, callback: Any, **keys: Any
+    policy: Any,
+    reference: Any,
+    pairs: Sequence[Pair],
+    sums: Sequence[Any],
+    folder: str,
+    callback: Any,
+    adapters: Any = None,
+    **keys: Any,
 ) -> Any:
     """TRL's DPOTrainer on tokens that are given, with its own training loop; ``losses`` holds each step's loss.
 
-    ``sums`` are the reference's log-probs of each pair's responses, which it uses while its ``precompute_ref_logps`` is set.
+    ``sums`` are the reference's log-probs of each pair's responses, which it uses while its ``precompute_ref_logps`` is set;
+    ``adapters`` are PEFT's settings, where not all weights are trained.
     """
     from datasets import Dataset
     from tokenizers import Tokenizer, models
@@ -235,7 +243,8 @@ def trl_trainer(
         **keys,
     )
     data = Dataset.from_dict({name: [list(ids) for ids in column] for name, column in columns} | known)
-    trainer = Trainer(policy, reference, config, train_dataset=data, processing_class=tokenizer, callbacks=[callback])
+    given = {"train_dataset": data, "processing_class": tokenizer, "callbacks": [callback], "peft_config": adapters}
+    trainer = Trainer(policy, reference, config, **given)
     trainer.losses = []
     trainer.remove_callback(PrinterCallback)
     return trainer

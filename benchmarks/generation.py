@@ -2,9 +2,9 @@
 
     python benchmarks/generation.py [--shapes S,M] [--dtypes fp32,bf16] [--new N] [--turns N] [--json FILE] [--quick]
 
-Both sides have weights in the same precision, the same sampling and the same limits. ``generate`` gets the rows as one batch, padded
-on the left; its rows go on to the batch's largest limit, as they do in its users' code, and what a row wrote beyond its own
-limit does not count. In float32 the greedy texts must be the same.
+Both sides have weights in the same precision, the same sampling and the same limits. ``generate`` gets the rows as one batch,
+padded on the left; its rows go on to the batch's largest limit, as they do in its users' code, and what a row wrote beyond its
+own limit does not count. In float32 the greedy texts must be the same.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ COLUMNS = (
     "times generate",
     "greedy rows equal",
 )
-NOTE = """Median (least-most) over turns, after a warm-up; the ratio is paired. Prompts have 20 to 400 tokens of random text (toy: 4 to 24).
-Sampled: temperature 0.7, top-p 0.95, top-k 50. Limits "even": every row may write as much as any other; "uneven": a row's limit is drawn
-between an eighth and all of that, as the segments of SAPO's pairs have lengths of their own. "8 prompts x 8": eight rows of each prompt."""
+NOTE = """Median (least-most) over turns, after a warm-up; the ratio is paired. Prompts have 20 to 400 tokens of random text
+(toy: 4 to 24). Sampled: temperature 0.7, top-p 0.95, top-k 50. Limits "even": every row may write as much as any other;
+"uneven": a row's limit is drawn between an eighth and all of that, as the segments of SAPO's pairs have lengths of their own.
+"8 prompts x 8": eight rows of each prompt."""
 
 
 @dataclass(frozen=True)

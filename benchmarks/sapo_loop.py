@@ -3,9 +3,9 @@
     python benchmarks/sapo_loop.py [--shapes S,M] [--dtypes fp32,bf16] [--losses dpo,orpo] [--updates N] [--json FILE] [--quick]
 
 As released (yinyueqin/SAPO at 5d7a210): each update steps the EMA weight by weight, lets it ``generate`` for the batch's eight
-prompts, padded on the left, to the longest segment of the batch, draws eight pairs from the buffer, and computes the loss from whole
-logits of padded rows. It is written anew here, without the released code's defects: both sides draw segments alike and have the same
-loss, and their losses on the same pairs are compared. Ours is the loop that `sparring sapo` plays.
+prompts, padded on the left, to the longest segment of the batch, draws eight pairs from the buffer, and computes the loss from
+whole logits of padded rows. It is written anew here, without the released code's defects: both sides draw segments alike and
+have the same loss, and their losses on the same pairs are compared. Ours is the loop that `sparring sapo` plays.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from _side_by_side import (
     BATCH,
     DTYPES,
     END,
-    FIRST,
     PAD,
     RATE,
     SHAPES,
@@ -64,10 +63,11 @@ COLUMNS = (
     "ours",
     "loss of equal pairs: ours less released",
 )
-NOTE = """Eight prompts and eight pairs an update; SAPO's published sampling and segments of up to 256 tokens. Median (least-most) of
-paired ratios after a warm-up update; seconds and tokens are medians of an update's. bf16 as released: an EMA held in bfloat16, as its
-code has it, and autocast over float32 weights in the loss; ours: a bfloat16 working copy of float32 weights. Where ours draws a pair
-that it has drawn before, it knows the reference's log-probs; as released they are computed at every draw."""
+NOTE = """Eight prompts and eight pairs an update; SAPO's published sampling and segments of up to 256 tokens. Median (least-
+most) of paired ratios after a warm-up update; seconds and tokens are medians of an update's. bf16 as released: an EMA held in
+bfloat16, as its code has it, and autocast over float32 weights in the loss; ours: a bfloat16 working copy of float32 weights.
+Where ours draws a pair that it has drawn before, it knows the reference's log-probs; as released they are computed at every
+draw."""
 
 
 def make_prompts(count: int, shape: Shape) -> list[Prompt]:
@@ -245,7 +245,7 @@ def main() -> None:
     """Compare cell by cell; print and write the table."""
     arguments = parser(__doc__ or "")
     arguments.add_argument("--shapes", default="S,M", help="of S, M, L, toy, with commas")
-    arguments.add_argument("--dtypes", default="fp32,bf16")
+    arguments.add_argument("--dtypes", help="of fp32, bf16; default both, bf16 with --quick")
     arguments.add_argument("--losses", help="of dpo, orpo; default both, dpo with --quick")
     arguments.add_argument("--updates", type=int, help="measured updates of each cell")
     given = arguments.parse_args()
@@ -253,7 +253,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     report = Report("sapo_loop", "A SAPO update against the released code's organisation", given)
     for shape in given.shapes.split(","):
-        for dtype in given.dtypes.split(","):
+        for dtype in (given.dtypes or ("bf16" if given.quick else "fp32,bf16")).split(","):
             for loss in (given.losses or ("dpo" if given.quick else "dpo,orpo")).split(","):
                 found = compared(SAPO(loss_type=loss), SHAPES[shape], dtype, updates, device)
                 report.figures.append(found)
