@@ -9,19 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from _side_by_side import (
-    BATCH,
-    DTYPES,
-    Clock,
-    Peak,
-    Shape,
-    exact_memory,
-    llama,
-    make_pairs,
-    our_learner,
-    trl_head,
-    trl_trainer,
-)
+from _meters import Clock, Peak, exact_memory
+from _side_by_side import BATCH, DTYPES, Shape, llama, make_pairs, our_learner, trl_head, trl_trainer
 from transformers import TrainerCallback
 
 from sparring.learner import Learner

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from _meters import Clock
 from _report import Report, parser, ratios, spread
-from _side_by_side import DTYPES, END, FIRST, PAD, SHAPES, Clock, Shape, llama, our_writer
+from _side_by_side import DTYPES, END, FIRST, PAD, SHAPES, Shape, llama, our_writer
 
 from sparring.methods.base import Request, Sampling
 from sparring.model.policy import prepared

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from _meters import matmul_rate
 from _paired import CACHED, COMPACT, OURS, PRECOMPUTED, Cell, Found, Own, Turns, run_trl
 from _report import Report, parser, ratios, spread
-from _side_by_side import BATCH, DTYPES, PAD, SHAPES, Shape, llama, make_pairs, matmul_rate, needed_flops, our_learner
+from _side_by_side import BATCH, DTYPES, PAD, SHAPES, Shape, llama, make_pairs, needed_flops, our_learner
 from generation import SAMPLED, Case
 from generation import compared as compared_generation
 

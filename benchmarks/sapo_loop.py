@@ -17,21 +17,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from _meters import Clock
 from _report import Report, parser, ratios, spread
-from _side_by_side import (
-    BATCH,
-    DTYPES,
-    END,
-    PAD,
-    RATE,
-    SHAPES,
-    Clock,
-    Shape,
-    llama,
-    make_pairs,
-    our_writer,
-    pair_of,
-)
+from _side_by_side import BATCH, DTYPES, END, PAD, RATE, SHAPES, Shape, llama, make_pairs, our_writer, pair_of
 from generation import by_generate
 from torch import Tensor
 from torch.nn.functional import logsigmoid

@@ -23,19 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _meters import Clock, Peak, exact_memory
 from _report import Report, parser, spread
-from _side_by_side import (
-    DTYPES,
-    SHAPES,
-    Clock,
-    Peak,
-    Shape,
-    exact_memory,
-    llama,
-    make_pairs,
-    needed_flops,
-    our_learner,
-)
+from _side_by_side import DTYPES, SHAPES, Shape, llama, make_pairs, needed_flops, our_learner
 
 from sparring.learner import Learner
 from sparring.methods.offline import DPO

@@ -17,9 +17,10 @@ import warnings
 from typing import Any
 
 import torch
+from _meters import matmul_rate
 from _paired import CACHED, COMPACT, OURS, PRECOMPUTED, STOCK, Cell, Found, compared
 from _report import Report, parser, ratios, spread
-from _side_by_side import SHAPES, matmul_rate, needed_flops
+from _side_by_side import SHAPES, needed_flops
 
 PLAN = (
     *((shape, "dpo", dtype, False) for shape in ("S", "M", "L") for dtype in ("bf16", "fp32")),
