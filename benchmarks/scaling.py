@@ -1,6 +1,7 @@
 """How a step's time and memory grow with prompts, responses, vocabulary and pairs; and two processes against one.
 
-    python benchmarks/scaling.py [--axes prompt,response,vocabulary,pairs] [--dtypes bf16] [--turns N] [--json FILE] [--quick]
+    python benchmarks/scaling.py [--axes prompt,response,vocabulary,pairs,processes] [--dtypes bf16] [--turns N]
+                                 [--json FILE] [--quick]
 
 A slope of log time over log size of 1 is linear growth, below 1 there is something that does not grow, above 1 something that
 grows faster. Beside it stands the slope of the operations that a step needs, counted: attention makes it a little more than
@@ -37,6 +38,7 @@ SIZES = {
     "vocabulary": (8_192, 16_384, 32_768, 65_536),
     "pairs": (4, 8, 16, 32),
 }
+PROCESSES = ("", "one process, pairs/s", "two, pairs/s", "times one")
 SMALL = {"prompt": (16, 64), "response": (16, 64), "vocabulary": (512, 2048), "pairs": (2, 8)}
 COLUMNS = (
     "grows",
@@ -104,7 +106,7 @@ def grown(axis: str, sizes: Sequence[int], dtype: str, turns: int, base: Shape, 
     }
 
 
-def two_processes(steps: int) -> dict[str, Any] | None:
+def two_processes(steps: int, toy: bool) -> dict[str, Any] | None:
     """Pairs a second of ``sparring dpo`` in one process and in two, a thread each; None where it is one process only."""
     if importlib.util.find_spec("sparring.model.parallel") is None:
         return None
@@ -115,12 +117,13 @@ def two_processes(steps: int) -> dict[str, Any] | None:
     with tempfile.TemporaryDirectory() as scratch:
         folder, rows = Path(scratch), []
         for number in range(64):
-            words = [f"{(number * 31 + place * 7) % 997} " * 60 for place in range(3)]
+            words = [f"{(number * 31 + place * 7) % 997} " * (4 if toy else 60) for place in range(3)]
             rows.append(dict(zip(("prompt", "chosen", "rejected"), words, strict=True)))
         data = folder / "pairs.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
         texts = [text for row in rows for text in row.values()]
-        model = init_model(InitModel(output_dir=str(folder / "model"), seed=0), texts)
+        small = {"hidden_size": 32, "num_layers": 1, "num_heads": 2} if toy else {}
+        model = init_model(InitModel(output_dir=str(folder / "model"), seed=0, **small), texts)
         rates = {}
         for name, start in (("one", []), ("two", torchrun)):
             run = folder / name
@@ -138,7 +141,7 @@ def two_processes(steps: int) -> dict[str, Any] | None:
 def main() -> None:
     """Grow along each axis; print and write the tables."""
     arguments = parser(__doc__ or "")
-    arguments.add_argument("--axes", default=",".join(SIZES))
+    arguments.add_argument("--axes", default=",".join((*SIZES, "processes")))
     arguments.add_argument("--dtypes", default="bf16")
     arguments.add_argument("--turns", type=int, help="measured turns")
     arguments.add_argument("--toy", action="store_true", help="tiny sizes, to see that it runs")
@@ -146,8 +149,11 @@ def main() -> None:
     report = Report("scaling", "How a step grows", given)
     turns = given.turns or (2 if given.quick else 5)
     base, fixed = (SHAPES["toy"], 16) if given.toy else (SHAPES["S"], 128)
+    axes = given.axes.split(",")
     for dtype in given.dtypes.split(","):
-        for axis in given.axes.split(","):
+        for axis in axes:
+            if axis == "processes":
+                continue
             sizes = SMALL[axis] if given.toy else SIZES[axis][: 3 if given.quick else None]
             found = grown(axis, sizes, dtype, turns, base, fixed)
             report.figures.append(found)
@@ -156,14 +162,13 @@ def main() -> None:
             slopes = spread(found["time_slope"]), f"{found['needed_slope']:.2f}"
             cells = (axis, dtype, ", ".join(map(str, sizes)), seconds, *slopes, peaks, f"{found['memory_slope']:.2f}")
             report.row("Growth", COLUMNS, cells)
-    both = two_processes(2 if given.toy or given.quick else 20)
-    columns = ("", "one process, pairs/s", "two, pairs/s", "times one")
-    if both is None:
-        report.row("Processes", columns, ("two processes against one, a thread each", "-", "-", "not measured"))
-    else:
-        report.figures.append(both)
-        rates = (f"{both['pairs_per_second'][name]:.2f}" for name in ("one", "two"))
-        report.row("Processes", columns, ("a thread each", *rates, f"{both['times_one']:.2f}"))
+    if "processes" in axes:
+        both = two_processes(2 if given.toy or given.quick else 20, given.toy)
+        cells = ["-", "-", "not measured"]
+        if both:
+            report.figures.append(both)
+            cells = [*(f"{rate:.2f}" for rate in both["pairs_per_second"].values()), f"{both['times_one']:.2f}"]
+        report.row("Processes", PROCESSES, ("sparring dpo, a thread in each process", *cells))
     report.note(NOTE)
     report.finish()
 

@@ -119,14 +119,21 @@ def test_a_sapo_update_has_the_released_codes_loss(tmp_path: Path) -> None:
 
 
 def test_growth_is_counted_beside_what_was_measured(tmp_path: Path) -> None:
-    figures, text = run("scaling", tmp_path, "--toy", "--axes", "prompt,pairs", "--turns", "1")
+    figures, _ = run("scaling", tmp_path, "--toy", "--axes", "prompt,pairs", "--turns", "1")
     by_axis = {found["axis"]: found for found in figures}
     assert by_axis["pairs"]["needed_slope"] == pytest.approx(1, abs=0.05)
     assert 0 < by_axis["prompt"]["needed_slope"] < 1, "responses stay"
     for axis in ("prompt", "pairs"):
         assert list(positive([by_axis[axis]["seconds"], by_axis[axis]["peaks"]]))
         assert math.isfinite(by_axis[axis]["time_slope"][0])
-    assert "two processes" in text or "a thread each" in text
+
+
+def test_two_processes_are_measured_against_one_where_a_run_can_have_them(tmp_path: Path) -> None:
+    figures, text = run("scaling", tmp_path, "--toy", "--axes", "pairs,processes", "--turns", "1")
+    if find_spec("sparring.model.parallel") is None:
+        assert "not measured" in text
+    else:
+        assert list(positive(figures[-1]["pairs_per_second"]))
 
 
 def test_make_bench_names_every_script_or_says_why_not() -> None:
