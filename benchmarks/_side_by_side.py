@@ -1,18 +1,12 @@
-"""What the benchmarks share: shapes, pairs, our side and TRL's, clocks and memory peaks, tables. Not a benchmark itself."""
+"""What the benchmarks share: shapes, pairs, our side and TRL's. Not a benchmark itself."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import gc
 import os
 import random
-import re
-import statistics
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -29,7 +23,6 @@ from sparring.model.policy import prepared
 from sparring.model.roles import Roles
 from sparring.records import Pair, Response, Tokens, tokens
 
-RESULTS = Path(__file__).parent / "results"
 PAD, END, FIRST = 0, 2, 3  # random text is made of the ids from FIRST on
 BATCH = 8  # pairs in a step
 RATE = 1e-6
@@ -155,13 +148,13 @@ def our_learner(policy: Any, reference: Any, method: Any, dtype: torch.dtype, ch
     return Learner(roles, method, config, pad_id=PAD, total_steps=1000)
 
 
-def our_writer(model: Any, end_ids: Sequence[int], rows: int, dtype: torch.dtype) -> LocalWriter:
+def our_writer(playing: Callable[[], contextlib.AbstractContextManager[Any]], rows: int) -> LocalWriter:
     """Our side of generation: the one place that knows how a writer is built."""
     return LocalWriter(
-        lambda: contextlib.nullcontext(model),
+        playing,
         source=lambda: "ema@0",
         decode=lambda ids: " ".join(map(str, ids)),
-        end_ids=frozenset(end_ids),
+        end_ids=frozenset({END}),
         pad_id=PAD,
         batch_size=rows,
     )
@@ -185,12 +178,27 @@ def trl_head(compact: bool) -> Iterator[list[int]]:
             return head.apply(hidden, *rest)
 
     utils._use_triton, utils._ChunkedLogProbFunction = lambda device: compact, Counted
-    yield scored
-    utils._use_triton, utils._ChunkedLogProbFunction = asked, head
+    try:
+        yield scored
+    finally:
+        utils._use_triton, utils._ChunkedLogProbFunction = asked, head
 
 
-def trl_trainer(policy: Any, reference: Any, pairs: Sequence[Pair], folder: str, callback: Any, **keys: Any) -> Any:
-    """TRL's DPOTrainer on tokens that are given, with its own training loop; ``losses`` holds each step's loss."""
+def trl_trainer(
+    policy: Any,
+    reference: Any,
+    pairs: Sequence[Pair],
+    sums: Sequence[Any],
+    folder: str,
+    callback: Any,
+    adapters: Any = None,
+    **keys: Any,
+) -> Any:
+    """TRL's DPOTrainer on tokens that are given, with its own training loop; ``losses`` holds each step's loss.
+
+    ``sums`` are the reference's log-probs of each pair's responses, which it uses while its ``precompute_ref_logps`` is set;
+    ``adapters`` are PEFT's settings, where not all weights are trained.
+    """
     from datasets import Dataset
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -210,6 +218,7 @@ def trl_trainer(policy: Any, reference: Any, pairs: Sequence[Pair], folder: str,
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<end>", unk_token="<unk>")
     rows = [(p.prompt_token_ids, p.chosen.token_ids, p.rejected.token_ids) for p in pairs if p.rejected]
     columns = zip(("prompt_ids", "chosen_ids", "rejected_ids"), zip(*rows, strict=True), strict=True)
+    known = {"ref_chosen_logps": [float(a) for a, _ in sums], "ref_rejected_logps": [float(b) for _, b in sums]}
     config = DPOConfig(
         folder,
         beta=0.1,
@@ -228,77 +237,9 @@ def trl_trainer(policy: Any, reference: Any, pairs: Sequence[Pair], folder: str,
         report_to="none",
         **keys,
     )
-    data = Dataset.from_dict({name: [list(ids) for ids in column] for name, column in columns})
-    trainer = Trainer(policy, reference, config, train_dataset=data, processing_class=tokenizer, callbacks=[callback])
+    data = Dataset.from_dict({name: [list(ids) for ids in column] for name, column in columns} | known)
+    given = {"train_dataset": data, "processing_class": tokenizer, "callbacks": [callback], "peft_config": adapters}
+    trainer = Trainer(policy, reference, config, **given)
     trainer.losses = []
     trainer.remove_callback(PrinterCallback)
     return trainer
-
-
-class Clock:
-    """Seconds from start to stop."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-
-    def start(self) -> None:
-        self.wait()
-        self.began = time.perf_counter()
-
-    def stop(self) -> float:
-        self.wait()
-        return time.perf_counter() - self.began
-
-
-class Peak:
-    """Bytes by which memory rose above what stood at the start; on a CPU it asks Linux, so ``exact_memory`` must hold."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-
-    def start(self) -> None:
-        gc.collect()
-        if self.cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated()
-        else:
-            ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")
-            self.before = _status("VmRSS")
-
-    def stop(self) -> float:
-        return float((torch.cuda.max_memory_allocated() if self.cuda else _status("VmHWM")) - self.before)
-
-
-def exact_memory(on: bool) -> None:
-    """Whether glibc gives every block from 64 KB on back at once; off: it keeps blocks up to 32 MB, as it learns to in time."""
-    threshold, trim = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-    ctypes.CDLL(None).mallopt(threshold, 2**16 if on else 2**25)
-    ctypes.CDLL(None).mallopt(trim, 2**17 if on else 2**26)
-
-
-def _status(name: str) -> int:
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found
-    return 1024 * int(found[1])
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 0) -> float:
-    """Floating-point operations a second of a large square matrix product, the best of eight."""
-    size = size or (8192 if device.type == "cuda" else 2048)
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    clock, best = Clock(device), float("inf")
-    for _ in range(8):
-        clock.start()
-        torch.nn.functional.linear(a, b)
-        best = min(best, clock.stop())
-    return 2.0 * size**3 / best
-
-
-def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Median and range."""
-    if not values:
-        return "-"
-    low, high = min(values), max(values)
-    return f"{statistics.median(values):.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"

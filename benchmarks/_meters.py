@@ -1,0 +1,72 @@
+"""Clocks, memory peaks and the machine's own rate. Not a benchmark itself."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import re
+import time
+from pathlib import Path
+
+import torch
+
+
+class Clock:
+    """Seconds from start to stop."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def start(self) -> None:
+        self.wait()
+        self.began = time.perf_counter()
+
+    def stop(self) -> float:
+        self.wait()
+        return time.perf_counter() - self.began
+
+
+class Peak:
+    """Bytes by which memory rose above what stood at the start; on a CPU it asks Linux, so ``exact_memory`` must hold."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+
+    def start(self) -> None:
+        gc.collect()
+        if self.cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+        else:
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
+            self.before = _status("VmRSS")
+
+    def stop(self) -> float:
+        return float((torch.cuda.max_memory_allocated() if self.cuda else _status("VmHWM")) - self.before)
+
+
+def exact_memory(on: bool) -> None:
+    """Whether glibc gives every block from 64 KB on back at once; off: it keeps blocks up to 32 MB, as it learns to in time."""
+    threshold, trim = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+    ctypes.CDLL(None).mallopt(threshold, 2**16 if on else 2**25)
+    ctypes.CDLL(None).mallopt(trim, 2**17 if on else 2**26)
+
+
+def _status(name: str) -> int:
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return 1024 * int(found[1])
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 0) -> float:
+    """Floating-point operations a second of a large square matrix product, the best of eight."""
+    size = size or (8192 if device.type == "cuda" else 2048)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    clock, best = Clock(device), float("inf")
+    for _ in range(8):
+        clock.start()
+        torch.nn.functional.linear(a, b)
+        best = min(best, clock.stop())
+    return 2.0 * size**3 / best
