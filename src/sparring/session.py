@@ -26,7 +26,8 @@ from sparring.learner import Learner
 from sparring.loop import Round, Update, play
 from sparring.methods.base import Context, Method
 from sparring.model import policy
-from sparring.model.roles import Role, Roles
+from sparring.model.roles import Role
+from sparring.model.start import load_start, make_roles
 from sparring.monitor import Monitor
 from sparring.probe import Probe
 from sparring.progress import Bars, Tick
@@ -80,7 +81,9 @@ class Session:
             self.loaded: Loaded = load(config.data, self.chat, need=self.method.needs, rows=rows, tick=tick)
         self.prompts: Sequence[Prompt] = self.loaded.prompts
         self.dtype_shipped = policy.shipped_dtype(config.model) if model is None else model.dtype
-        start = policy.load_model(config.model, device) if model is None else policy.adopt(model, device)
+        if config.adapter.use_peft:
+            self.dtype_shipped = torch.float32  # what learns is the adapter, and it is shipped as it learned
+        start = load_start(config, device, model)
         policy.check_vocabulary(self.chat.tokenizer, start)
         self.max_length = _room(start, self.prompts, config.data.max_length)
 
@@ -90,9 +93,8 @@ class Session:
         self.total_steps = training.max_steps if training.max_steps > 0 else wanted
         self.cadence = self.method.cadence(training.batch_size, self.updates_per_epoch)
         self.about = {"start_fingerprint": policy.fingerprint(start), "data_fingerprint": _digest(self.prompts)}
-        dtype = torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
-        compares = self.cadence.reference != "none"
-        roles = Roles(start, ema_decay=self.cadence.ema_decay, reference=compares, dtype=dtype)
+        cadence = {"ema_decay": self.cadence.ema_decay, "reference": self.cadence.reference}
+        roles = make_roles(config, start, **cadence, say=self._say)
         self.learner = Learner(
             roles, self.method, training, pad_id=self.chat.pad_id, total_steps=self.total_steps, say=self._say
         )
@@ -233,9 +235,10 @@ class Session:
         last: dict[str, Any] = next((line for line in reversed(lines) if "loss" in line), {})
         rows = f"{len(self.prompts)} of {self.loaded.rows} rows used"
         _, about = self.journal.configuration()
-        artefacts = [("model", self.learner.roles.policy, "The policy")]
-        if self.learner.roles.ema is not None:
-            artefacts.append(("model_ema", self.learner.roles.ema, "The EMA of the policy"))
+        kept = self.learner.roles.kept()
+        artefacts = [("model", kept["policy"], "The policy")]
+        if "ema" in kept:
+            artefacts.append(("model_ema", kept["ema"], "The EMA of the policy"))
         for name, model, what in reversed(artefacts):  # the policy last: its folder says that the run is finished
             save_result(
                 self.journal.folder / name,

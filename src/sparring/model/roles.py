@@ -25,6 +25,7 @@ class Roles:
     def __init__(self, policy: Any, *, ema_decay: float, reference: bool, dtype: torch.dtype = torch.float32) -> None:
         """All roles start as copies of ``policy``; ``dtype`` is that of the computation."""
         self.policy, self.dtype = policy, dtype
+        self.learnt = policy  # what of the policy learns: all of it
         self.ema = _frozen_copy(policy) if ema_decay else None
         self.ema_decay = ema_decay
         self.worker = policy if dtype == torch.float32 else _working_copy(policy, dtype)
@@ -58,18 +59,18 @@ class Roles:
     def step_ema(self) -> None:
         """ema <- (1 - b) policy + b ema."""
         if self.ema is not None:
-            ema.step(self.ema, self.policy, self.ema_decay)
+            ema.step(self.ema, self.learnt, self.ema_decay)
 
     def refresh_reference(self, source: Literal["ema", "policy"]) -> None:
         """Copy the EMA (the policy, where there is no EMA) or the policy into the reference."""
         assert self.reference is not None
-        origin = self.ema if source == "ema" and self.ema is not None else self.policy
+        origin = self.ema if source == "ema" and self.ema is not None else self.learnt
         ema.step(self.reference, origin, 0.0)
         self.known.clear()
 
     def kept(self) -> dict[Role, Any]:
-        """The models there are, by role."""
-        models: dict[Role, Any] = {"policy": self.policy, "ema": self.ema, "reference": self.reference}
+        """What is kept of each role there is: models, or adapters of one."""
+        models: dict[Role, Any] = {"policy": self.learnt, "ema": self.ema, "reference": self.reference}
         return {role: model for role, model in models.items() if model is not None}
 
 
