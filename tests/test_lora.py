@@ -4,6 +4,7 @@ import contextlib
 import gc
 import json
 import math
+import random
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_resume
 import torch
 from small import PAD, pair, tiny_llama
 from test_resume import assert_same, state
@@ -365,6 +367,19 @@ def test_a_resumed_sapo_run_equals_the_unbroken_one_to_the_bit(
     assert sparring.resume(whole.folder, quiet=True).message == "it was finished before"
 
 
+@pytest.mark.slow
+def test_a_sapo_run_killed_three_times_ends_as_if_never_stopped(
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(test_resume.COMMON, "use_peft", "true")
+    given = (inputs["adapter"], inputs["rows"])
+    expected = test_resume.unbroken("sapo", given, tmp_path / "whole")
+    assert "model/adapter_model.safetensors" in expected
+    struck = test_resume.kill_and_resume("sapo", given, tmp_path / "broken", random.Random(11), 3)
+    assert struck >= 2
+    assert_same(state(tmp_path / "broken"), expected)
+
+
 def test_a_run_that_begins_anew_draws_the_same_adapter(inputs: dict[str, Path], tmp_path: Path) -> None:
     runs = []
     for name in ("a", "b"):
@@ -427,6 +442,38 @@ def test_an_adapter_folder_is_loaded_as_its_merged_model(inputs: dict[str, Path]
     )
     assert run.metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert (run.model / "model.safetensors").exists()
+    # with it, the run starts from the same model
+    other = sparring.train(
+        sparring.DPO, model_name_or_path=without, dataset_name=inputs["pairs"], output_dir=tmp_path / "other", **SMALL
+    )
+    assert other.metrics[0]["logps/chosen"] == pytest.approx(run.metrics[0]["logps/chosen"], rel=1e-5)
+
+
+@pytest.mark.parametrize("more", [{"use_dora": True}, {"use_rslora": True, "rank_pattern": {"q_proj": 2}}])
+def test_an_adapter_made_elsewhere_goes_on_in_its_own_form(
+    inputs: dict[str, Path], tmp_path: Path, more: dict[str, Any]
+) -> None:
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    base = AutoModelForCausalLM.from_pretrained(inputs["model"])
+    lora = LoraConfig(r=4, lora_dropout=0.3, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM", **more)
+    made = get_peft_model(base, lora)
+    torch.manual_seed(0)
+    for name, p in made.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, 0.0, 0.3)
+    made.save_pretrained(tmp_path / "start")
+    run = sapo(inputs | {"start": tmp_path / "start"}, tmp_path / "run", "start", max_steps=6)
+    assert run.metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    merge(str(run.model), tmp_path / "merged")
+    ids = torch.tensor([[5, 60, 70, 8, 300]])
+    with torch.no_grad():
+        logits = [AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()(ids).logits]
+        for folder in (run.model, tmp_path / "start"):
+            base = AutoModelForCausalLM.from_pretrained(inputs["model"])
+            logits.append(PeftModel.from_pretrained(base, str(folder)).eval()(ids).logits)
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-5, atol=1e-5)
+    assert (logits[1] - logits[2]).abs().max() > 1e-3
 
 
 def test_a_model_object_carries_an_adapter_too_and_one_that_has_one_is_refused(
