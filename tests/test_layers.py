@@ -14,7 +14,7 @@ LAYERS = """
     model methods.base buffer recipes
     metrics
     methods actors judges learner checkpoint journal monitor card progress interrupt
-    evaluate probe reference
+    evaluate probe reference merge
     loop
     session
     run

@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import save_file
 from small import PAD, pair, tiny_llama
 
-from sparring.config import TrainingConfig
+from sparring.config import AdapterConfig, ModelConfig, TrainingConfig
 from sparring.learner import Learner
 from sparring.methods.offline import DPO
 from sparring.methods.sapo import SAPO
+from sparring.model.adapters import AdapterRoles, with_adapter
 from sparring.model.parallel import World, joined, whole
 from sparring.model.roles import Roles
 
@@ -26,19 +27,22 @@ CASES: dict[str, dict[str, Any]] = {
     "tied": {},
     "untied, checkpointed": {"tied": False, "gradient_checkpointing": True},
     "bf16": {"dtype": torch.bfloat16},
+    "lora": {"lora": True},
 }
 METHODS = {"dpo": DPO(), "sapo": SAPO(loss_type="orpo")}
 
 
 def play(name: str, world: World, dtype: torch.dtype = torch.float32, **keys: Any) -> dict[str, torch.Tensor]:
     """Four updates with an EMA and a reference that moves; every role's weights, and the figures of the updates."""
-    tied = keys.pop("tied", True)
-    start = tiny_llama(num_key_value_heads=1, tie_word_embeddings=tied) if world.main else None
-    if start is None:
-        with torch.device("meta"):
-            start = tiny_llama(num_key_value_heads=1, tie_word_embeddings=tied)
-    parts: dict[str, Any] = {"ema_decay": 0.5, "reference": True, "dtype": dtype}
-    roles = Roles(start, world=world, device=torch.device("cpu"), **parts)
+    shape = {"num_key_value_heads": 1, "tie_word_embeddings": keys.pop("tied", True)}
+    parts: dict[str, Any] = {"ema_decay": 0.5, "reference": True, "dtype": dtype, "world": world}
+    if keys.pop("lora", False):
+        start = with_adapter(tiny_llama(**shape), AdapterConfig(use_peft=True, lora_r=4), None, ModelConfig(), 7)
+        roles: Roles = AdapterRoles(start, moving=True, adapted=False, **parts)
+    else:
+        with torch.device("cpu" if world.main else "meta"):
+            start = tiny_llama(**shape)
+        roles = Roles(start, device=torch.device("cpu"), **parts)
     config = TrainingConfig(learning_rate=1e-3, warmup_ratio=0.0, max_tokens_per_micro_batch=20, **keys)
     made = Learner(roles, METHODS[name], config, pad_id=PAD, total_steps=10)
     figures = []

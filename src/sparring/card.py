@@ -37,11 +37,11 @@ def save_result(
     model.generation_config.eos_token_id = sorted(end_ids)
     model.generation_config.pad_token_id = pad_id
     model.save_pretrained(part, state_dict=weights)
-    about = json.loads((part / "config.json").read_text())
-    about["dtype"] = str(dtype).removeprefix(
-        "torch."
-    )  # save_pretrained notes the model's own, not that of the weights given
-    (part / "config.json").write_text(json.dumps(about, indent=2) + "\n")
+    if (part / "config.json").exists():  # an adapter has none
+        about = json.loads((part / "config.json").read_text())
+        # save_pretrained notes the model's own, not that of the weights given
+        about["dtype"] = str(dtype).removeprefix("torch.")
+        (part / "config.json").write_text(json.dumps(about, indent=2) + "\n")
     tokenizer.save_pretrained(part)
     (part / "README.md").write_text(card)
     shutil.rmtree(folder, ignore_errors=True)
@@ -52,7 +52,8 @@ def model_card(config: Config, *, about: Mapping[str, Any], rows: str, figures: 
     """Method and paper, data, what it was initialised from, what the reference was, versions, and the last figures."""
     method, run = config.method, config.run
     start, data = config.model.model_name_or_path, config.data.dataset_name
-    head = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["sparring", method.name]}
+    library = "peft" if config.adapter.use_peft else "transformers"
+    head = {"library_name": library, "pipeline_tag": "text-generation", "tags": ["sparring", method.name]}
     if not Path(start).exists():
         head["base_model"] = start
     if data and not Path(data).exists():

@@ -67,8 +67,8 @@ def save(folder: Path, state: TrainState, *, keep: int, frozen_reference: bool) 
         part.mkdir(parents=True, exist_ok=True)
         for role, model in state.roles.kept().items():
             if role != "reference" or not frozen_reference:
-                _write(part, role, _weights(model), world)
-        _write(part, "optimizer", state_tensors(state.roles.policy, state.optimizers), world)
+                _write(part, role, _weights(model), state.roles)
+        _write(part, "optimizer", state_tensors(state.roles.policy, state.optimizers), state.roles)
         if world.main:
             _write_rest(part, state)
         world.wait()
@@ -90,7 +90,7 @@ def save(folder: Path, state: TrainState, *, keep: int, frozen_reference: bool) 
 
 def load(path: Path, state: TrainState) -> None:
     """Become the state of a checkpoint, which as many processes as may be have written; roles it does not hold stay as they are."""
-    world = state.roles.world
+    world = state.roles.divided
     for role, model in state.roles.kept().items():
         if tensors := _read(path, role, world):
             _load_weights(model, tensors)
@@ -123,9 +123,11 @@ def _write_rest(part: Path, state: TrainState) -> None:
         _sync(file)
 
 
-def _write(part: Path, name: str, tensors: dict[str, Tensor], world: World) -> None:
-    """This process's part of ``name``'s tensors: rows of each, in the order of the processes."""
-    file = part / f"{name}.{world.rank}-of-{world.size}.safetensors"
+def _write(part: Path, name: str, tensors: dict[str, Tensor], roles: Roles) -> None:
+    """This process's part of ``name``'s tensors: rows of each, in the order of the processes; all of them, where all have all."""
+    if roles.divided.size == 1 and not roles.world.main:
+        return
+    file = part / f"{name}.{roles.divided.rank}-of-{roles.divided.size}.safetensors"
     save_file(tensors, file)
     _sync(file)
 

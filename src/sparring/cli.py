@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "demo": (_demo, "Make data, train a tiny model, align it, and print what it gained"),
         "evaluate": (_evaluate, "Held-out likelihood, samples, and a verifier's score of a model"),
         "resume": (_resume, "Continue an interrupted run exactly where it would be"),
+        "merge": (_merge, "Add a LoRA adapter into its base: an ordinary Hugging Face folder"),
         "status": (_status, "Where a run stands"),
         "inspect": (_inspect, "A run's pairs, the regenerated segment coloured against the human one"),
         "init-model": (_init_model, "Make a small model and its tokenizer from a data set, to start from nothing"),
@@ -139,6 +140,19 @@ def _demo(words: list[str]) -> int:
     from sparring.demo.play import play_demo
 
     return play_demo(Path(given.output_dir), given.seed)
+
+
+def _merge(words: list[str]) -> int:
+    parser = argparse.ArgumentParser("sparring merge", description="Add a LoRA adapter into its base.")
+    parser.add_argument("adapter", help="a run's folder, an adapter's folder, or its name on the hub")
+    parser.add_argument("--output_dir", type=Path, required=True, help="the Hugging Face folder to write; new or empty")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the base")
+    given = parser.parse_args(words)
+    from sparring.merge import merge
+
+    done = merge(given.adapter, given.output_dir, trust_remote_code=given.trust_remote_code)
+    Console(highlight=False, soft_wrap=True).print(f"[bold green]merged[/]  {_escaped(done)}")
+    return 0
 
 
 def _status(words: list[str]) -> int:

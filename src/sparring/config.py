@@ -23,7 +23,8 @@ class ModelConfig:
     model_name_or_path: str = key("", "Starting model: a folder, or a name on the hub")
     model_revision: str = key("main", "Branch, tag or commit on the hub")
     dtype: Literal["float32", "bfloat16"] = key(
-        "float32", "Precision of the computation; weights, EMA and optimizer are float32 whatever it is"
+        "float32",
+        "Precision of the computation, and of use_peft's base; what learns, EMA and optimizer are float32 whatever it is",
     )
     device: str = key("auto", "Where to train: auto, cpu, cuda, cuda:1")
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = key(
@@ -34,6 +35,20 @@ class ModelConfig:
         True, "Render prompts with the tokenizer's chat template; false: plain text, response after prompt"
     )
     chat_template_path: str | None = key(None, "A Jinja file to use as chat template; chatml: the built-in one")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """LoRA"""
+
+    use_peft: bool = key(False, "Train a LoRA adapter: one frozen base carries policy, EMA and reference as adapters")
+    lora_r: int | None = key(None, "Rank of the adapter; none: the start's adapter's, else 16", least=1)
+    lora_alpha: int | None = key(
+        None, "An adapter's output is scaled by lora_alpha / lora_r; none: the start's adapter's, else 32", least=1
+    )
+    lora_target_modules: str | None = key(
+        None, "What is adapted: all-linear, or modules as q_proj,v_proj; none: as the start's adapter, else all-linear"
+    )
 
 
 @dataclass(frozen=True)
@@ -143,6 +158,7 @@ class RunConfig:
 
 PARTS: dict[str, type] = {
     "model": ModelConfig,
+    "adapter": AdapterConfig,
     "data": DataConfig,
     "generation": GenerationConfig,
     "training": TrainingConfig,
@@ -153,10 +169,11 @@ PARTS: dict[str, type] = {
 
 @dataclass(frozen=True)
 class Config:
-    """A run's whole configuration: the method and the six parts."""
+    """A run's whole configuration: the method and the seven parts."""
 
     method: Any  # a method's frozen dataclass
     model: ModelConfig = ModelConfig()
+    adapter: AdapterConfig = AdapterConfig()
     data: DataConfig = DataConfig()
     generation: GenerationConfig = GenerationConfig()
     training: TrainingConfig = TrainingConfig()
@@ -191,6 +208,9 @@ def resolve(method: type | Any, *layers: Mapping[str, Any], parts: Iterable[str]
     config = Config(method=kind(**(base | _mine(kind, chosen))), **made)
     for part in (config.method, *made.values()):
         check(part)
+    for name in ("lora_r", "lora_alpha", "lora_target_modules"):
+        if getattr(config.adapter, name) is not None and not config.adapter.use_peft:
+            raise ValueError(f"{name} says nothing without use_peft: add use_peft, or leave {name} out")
     return config
 
 

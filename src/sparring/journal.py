@@ -16,7 +16,7 @@ import yaml
 from sparring.data import parquet
 from sparring.records import Group, Pair, Response
 
-VERSIONS = ("sparring", "torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy")
+VERSIONS = ("sparring", "torch", "transformers", "peft", "tokenizers", "safetensors", "datasets", "numpy")
 ABOUT = ("versions", "start_fingerprint", "data_fingerprint", "base_dtype")  # lines of config.yaml that are no keys
 
 

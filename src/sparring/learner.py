@@ -172,6 +172,9 @@ class Learner:
             mine = [pairs[i] for i in places or [0]]
             groups = list(map(_group, mine))
             self.scorer(groups).backward(self.roles.worker, groups, self._spans(mine), partial(loss_of, places))
+        if self.roles.divided is not self.roles.world:  # sharded weights' gradients were added up on the way
+            for p in self.weights:
+                p.grad = self.roles.world.sum(torch.zeros_like(p) if p.grad is None else p.grad)
         return tally.close(self.roles.world, mean_tokens, kl)
 
     def _term_norms(self, pairs: Sequence[Pair], reference: Tensor, kl: Tensor, names: list[str]) -> dict[str, float]:
@@ -238,7 +241,7 @@ class Learner:
     def _norm(self, gradients: Sequence[Tensor | None]) -> float:
         """The norm of all gradients together, in all processes."""
         norm = torch.nn.utils.get_total_norm([local(g) for g in gradients if g is not None])
-        return float(norm if self.roles.world.size == 1 else self.roles.world.sum(norm.square()).sqrt())
+        return float(norm if self.roles.divided.size == 1 else self.roles.divided.sum(norm.square()).sqrt())
 
     def _step(self, rate: float, grad_norm: float) -> None:
         mine = [local(p) for p in self.weights]

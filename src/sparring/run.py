@@ -66,7 +66,7 @@ def resume(output_dir: str | Path, *, quiet: bool = False) -> Run:
     keys, about = journal.configuration()
     kind = method_called(keys.pop("method"))
     config = resolve(kind, keys, {"output_dir": str(output_dir)})
-    if (journal.folder / "model" / "config.json").exists():
+    if (journal.folder / "model").is_dir():
         return Run(journal.folder, "finished", "it was finished before")
     with joined(config.model.device) as world:
         journal = Journal(journal.folder, writes=world.main)

@@ -27,7 +27,8 @@ from sparring.loop import Round, Update, play
 from sparring.methods.base import Context, Method, Writer
 from sparring.model import policy
 from sparring.model.parallel import ALONE, World, whole
-from sparring.model.roles import Role, Roles
+from sparring.model.roles import Role
+from sparring.model.start import load_start, make_roles
 from sparring.monitor import Monitor
 from sparring.probe import Probe
 from sparring.progress import Bars, Tick
@@ -82,9 +83,9 @@ class Session:
             self.loaded: Loaded = load(config.data, self.chat, need=self.method.needs, rows=rows, tick=tick)
         self.prompts: Sequence[Prompt] = self.loaded.prompts
         self.dtype_shipped = policy.shipped_dtype(config.model) if model is None else model.dtype
-        # Where it will be sharded, one process has it, and sharding brings it to the devices.
-        where = device if world.size == 1 else torch.device("cpu" if world.main else "meta")
-        start = policy.load_model(config.model, where) if model is None else policy.adopt(model, where)
+        if config.adapter.use_peft:
+            self.dtype_shipped = torch.float32  # what learns is the adapter, and it is shipped as it learned
+        start = load_start(config, device, model, world)
         policy.check_vocabulary(self.chat.tokenizer, start)
         self.max_length = policy.room(start, self.prompts, config.data.max_length)
 
@@ -97,12 +98,11 @@ class Session:
             "start_fingerprint": world.told(policy.fingerprint(start) if world.main else ""),
             "data_fingerprint": digest(self.prompts),
         }
-        dtype = torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
         wanted = training.precompute_ref_log_probs
         used = self.total_steps * training.batch_size
         self.reference_first = wanted and reference.can_go_first(self.method, self.cadence, used, len(self.prompts))
-        kept = self.cadence.reference != "none" and not self.reference_first
-        roles = Roles(start, ema_decay=self.cadence.ema_decay, reference=kept, dtype=dtype, world=world, device=device)
+        kept = "none" if self.reference_first else self.cadence.reference
+        roles = make_roles(config, start, self.cadence.ema_decay, kept, say=self._say, world=world, device=device)
         self.learner = Learner(
             roles, self.method, training, pad_id=self.chat.pad_id, total_steps=self.total_steps, say=self._say
         )
@@ -254,9 +254,10 @@ class Session:
         last: dict[str, Any] = next((line for line in reversed(lines) if "loss" in line), {})
         rows = f"{len(self.prompts)} of {self.loaded.rows} rows used"
         _, about = self.journal.configuration()
-        artefacts = [("model", self.learner.roles.policy, "The policy")]
-        if self.learner.roles.ema is not None:
-            artefacts.append(("model_ema", self.learner.roles.ema, "The EMA of the policy"))
+        kept = self.learner.roles.kept()
+        artefacts = [("model", kept["policy"], "The policy")]
+        if "ema" in kept:
+            artefacts.append(("model_ema", kept["ema"], "The EMA of the policy"))
         for name, model, what in reversed(artefacts):  # the policy last: its folder says that the run is finished
             tensors = whole(model, self.world)
             if not self.world.main:

@@ -69,6 +69,6 @@ def _pick(probs: Tensor, ids: Tensor, draws: Tensor, top_p: float) -> Tensor:
 
 
 def _first_above(totals: Tensor, targets: Tensor) -> Tensor:
-    """The first place at which ``totals`` [R, N] pass ``targets`` [R, 1], and never one that adds nothing to them."""
-    last = torch.searchsorted(totals, totals[:, -1:].contiguous())
+    """The first place at which ``totals`` [R, N] pass ``targets`` [R, 1], and never one that adds nothing; of NaN, the last."""
+    last = torch.searchsorted(totals, totals[:, -1:].contiguous()).clamp(max=totals.shape[1] - 1)
     return torch.searchsorted(totals, targets, right=True).minimum(last)

@@ -17,27 +17,31 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from sparring.config import ModelConfig
 from sparring.data.chat import Chat
+from sparring.model.adapter_folder import find_adapter
 from sparring.model.linear import quicken
 from sparring.records import Prompt
 
 
-def load_model(config: ModelConfig, device: torch.device) -> Any:
-    """The starting model with float32 weights on ``device``; ValueError where it cannot be one, before weights are read.
+def load_model(config: ModelConfig, device: torch.device, dtype: torch.dtype = torch.float32) -> Any:
+    """The starting model with weights in ``dtype`` on ``device``; an adapter comes merged into its base.
 
-    On the device ``meta`` it has none, and they are not read.
+    On the device ``meta`` it has none, and they are not read. ValueError where it cannot be one, before weights are read.
     """
-    where = _found(config)
+    adapter = find_adapter(config)
     check_causal(config)
     if device.type == "meta":
         with device:
             words = {"attn_implementation": config.attn_implementation, "trust_remote_code": config.trust_remote_code}
-            empty: Any = AutoModelForCausalLM.from_config(_config(config), dtype=torch.float32, **words)
+            empty: Any = AutoModelForCausalLM.from_config(_config(config), dtype=dtype, **words)
         return prepared(empty)
+    if adapter is not None:
+        return prepared(adapter.merged(load_model(adapter.base, device, dtype)))
+    where = _found(config)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             where,
             revision=config.model_revision,
-            dtype=torch.float32,
+            dtype=dtype,
             attn_implementation=config.attn_implementation,
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
@@ -67,14 +71,20 @@ def check_causal(config: ModelConfig) -> None:
         )
 
 
-def adopt(model: Any, device: torch.device) -> Any:
-    """A copy of a model object as a starting model: float32 weights on ``device``."""
-    return prepared(copy.deepcopy(model).to(device, torch.float32).requires_grad_(True))
+def adopt(model: Any, device: torch.device, dtype: torch.dtype = torch.float32) -> Any:
+    """A copy of a model object as a starting model: weights in ``dtype`` on ``device``."""
+    placed = copy.deepcopy(model).to(device, torch.float32).requires_grad_(True)
+    for weight in placed.parameters():  # not the buffers, such as rotary frequencies
+        weight.data = weight.data.to(dtype)
+    return prepared(placed)
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer; ValueError where there is none."""
-    where = _found(config)
+    """The model's tokenizer, for an adapter without one its base's; ValueError where there is none."""
+    adapter = find_adapter(config)
+    if adapter is not None and adapter.file("tokenizer_config.json") is None:
+        config = adapter.base
+    where = config.model_name_or_path if adapter is not None else _found(config)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             where, revision=config.model_revision, trust_remote_code=config.trust_remote_code
@@ -96,7 +106,10 @@ def load_chat(config: ModelConfig, tokenizer: Any = None, ends: Iterable[int] | 
 
 def generation_ends(config: ModelConfig) -> list[int]:
     """The ids that the model's generation config ends at; none where it has no such file."""
-    where = _found(config)
+    adapter = find_adapter(config)
+    if adapter is not None and adapter.file("generation_config.json") is None:
+        config = adapter.base
+    where = config.model_name_or_path if adapter is not None else _found(config)
     try:
         return ends_of(GenerationConfig.from_pretrained(where, revision=config.model_revision))
     except OSError:
@@ -191,6 +204,15 @@ def _found(config: ModelConfig) -> str:
 
 
 def _config(config: ModelConfig) -> transformers.PretrainedConfig:
+    """The model's configuration; an adapter's is its base's."""
+    adapter = find_adapter(config)
+    if adapter is not None:
+        try:
+            return _config(adapter.base)
+        except ValueError as problem:
+            raise ValueError(
+                f"{config.model_name_or_path} is an adapter, whose base cannot be read: {problem}"
+            ) from problem
     where = _found(config)
     try:
         found: transformers.PretrainedConfig = AutoConfig.from_pretrained(

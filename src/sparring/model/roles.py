@@ -37,15 +37,16 @@ class Roles:
     ) -> None:
         """All roles start as copies of ``policy``, on ``device`` where they are sharded; ``dtype`` is that of the computation."""
         self.dtype, self.ema_decay, self.world = dtype, ema_decay, world
+        self.divided = world  # the processes that weights are divided over
         self.known: dict[int, Tensor] = {}  # what the reference, as it stands, said of pairs, by their serial
         if world.size > 1:
             assert device is not None
             copied = partial(shard, policy, world, device, computes=dtype)
-            self.policy = self.worker = copied(trains=True)
+            self.policy = self.worker = self.learnt = copied(trains=True)
             self.ema = copied() if ema_decay else None
             self.reference = copied(held=dtype) if reference else None
             return
-        self.policy = policy
+        self.policy = self.learnt = policy  # what of the policy learns: all of it
         self.ema = _frozen_copy(policy) if ema_decay else None
         self.worker = policy if dtype == torch.float32 else _working_copy(policy, dtype)
         self.reference = _frozen_copy(policy, dtype) if reference else None
@@ -81,18 +82,18 @@ class Roles:
     def step_ema(self) -> None:
         """ema <- (1 - b) policy + b ema."""
         if self.ema is not None:
-            ema.step(self.ema, self.policy, self.ema_decay)
+            ema.step(self.ema, self.learnt, self.ema_decay)
 
     def refresh_reference(self, source: Literal["ema", "policy"]) -> None:
         """Copy the EMA (the policy, where there is no EMA) or the policy into the reference."""
         assert self.reference is not None
-        origin = self.ema if source == "ema" and self.ema is not None else self.policy
+        origin = self.ema if source == "ema" and self.ema is not None else self.learnt
         ema.step(self.reference, origin, 0.0)
         self.known.clear()
 
     def kept(self) -> dict[Role, Any]:
-        """The models there are, by role."""
-        models: dict[Role, Any] = {"policy": self.policy, "ema": self.ema, "reference": self.reference}
+        """What is kept of each role there is: models, or adapters of one."""
+        models: dict[Role, Any] = {"policy": self.learnt, "ema": self.ema, "reference": self.reference}
         return {role: model for role, model in models.items() if model is not None}
 
 

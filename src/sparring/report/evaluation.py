@@ -15,6 +15,7 @@ from sparring.data.datasets import load
 from sparring.evaluate.held_out import HeldOut, Sample, interval, load_and_evaluate
 from sparring.judges.verifier import load_verifier
 from sparring.model import policy
+from sparring.model.adapter_folder import find_adapter
 from sparring.progress import Bars
 from sparring.report.terminal import safe
 
@@ -26,6 +27,8 @@ def evaluation_report(config: Config, *, quiet: bool = False) -> RenderableType:
     loaded = load(config.data, chat, need="responses")
     bars = Bars(quiet)
     bars.say(loaded.summary(), "dim")
+    if adapter := find_adapter(config.model):
+        bars.say(f"{adapter.name} is an adapter: merged into its base {adapter.base.model_name_or_path}", "dim")
     with bars.stage("evaluate", 3 * len(loaded.prompts), unit="rows") as tick:
         options = {"batch_size": config.generation.generation_batch_size, "tick": tick}
         result = load_and_evaluate(config, loaded.prompts, chat, verify, **options)
