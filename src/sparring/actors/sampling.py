@@ -41,7 +41,7 @@ def _from_all(probs: Tensor, draws: Tensor) -> Tensor:
     block = _first_above(totals, targets)
     inside = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK)).squeeze(1).double().cumsum(1)
     rest = targets - (totals.gather(1, block) - sums.gather(1, block))
-    return (block * BLOCK + _first_above(inside, rest)).squeeze(1)
+    return (block * BLOCK + _first_above(inside, rest)).squeeze(1).clamp(max=size - 1)  # NaN may end in the padding
 
 
 def _from_nucleus(probs: Tensor, draws: Tensor, top_p: float) -> Tensor:
