@@ -17,8 +17,7 @@ def make_optimizers(model: Any, config: TrainingConfig) -> list[torch.optim.Opti
     Weight decay spares vectors (norms and biases). Raises ValueError where this PyTorch has no Muon.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    outer = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
-    hidden = [p for _, p in named if p.ndim == 2 and id(p) not in outer] if config.optim == "muon" else []
+    hidden = _hidden(model) if config.optim == "muon" else []
     taken = {id(p) for p in hidden}
     groups = [
         {"params": [p for _, p in named if id(p) not in taken and p.ndim >= 2], "weight_decay": config.weight_decay},
@@ -42,6 +41,33 @@ def make_optimizers(model: Any, config: TrainingConfig) -> list[torch.optim.Opti
         muon = torch.optim.Muon(hidden, lr=rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
         optimizers.append(muon)
     return optimizers
+
+
+def state_bytes(model: Any, config: TrainingConfig) -> int:
+    """Bytes of the state that those optimizers keep once they have stepped; ``model`` may be without numbers."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if config.optim == "rmsprop":
+        return 4 * sum(p.numel() for p in trained)
+    if config.optim == "adamw_8bit":  # a byte for each moment, and a float for each 256 of them; small weights stay whole
+        return sum(p.numel() * 2 + p.numel() // 32 if p.numel() >= 4096 else 8 * p.numel() for p in trained)
+    one = _hidden(model) if config.optim == "muon" else []
+    return 8 * sum(p.numel() for p in trained) - 4 * sum(p.numel() for p in one)
+
+
+def step_bytes(model: Any, config: TrainingConfig, device: torch.device) -> int:
+    """Bytes that a step takes for a moment: a root of the second moment, at once for all weights on CUDA; fused ones none."""
+    trained = [p.numel() for p in model.parameters() if p.requires_grad]
+    if config.optim in ("rmsprop", "adamw_torch"):
+        return 4 * sum(trained) if device.type == "cuda" else 8 * max(trained)
+    if config.optim == "muon":  # the update and its orthogonalisation, in bfloat16 but for the first
+        return 12 * max((p.numel() for p in _hidden(model)), default=0)
+    return 0
+
+
+def _hidden(model: Any) -> list[Any]:
+    """The trained matrices that are neither embedding nor output layer."""
+    outer = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
+    return [p for p in model.parameters() if p.requires_grad and p.ndim == 2 and id(p) not in outer]
 
 
 def learning_rate(step: int, total: int, config: TrainingConfig) -> float:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -185,11 +186,16 @@ def _rms_norm(norm: Any, hidden_states: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def _is_plain(norm: Any) -> bool:
-    """Whether ``norm`` gives what ``rms_norm`` gives, on numbers that would show a mean taken off or 1 added to the weight."""
+    """Whether ``norm`` gives what ``rms_norm`` gives, on numbers that would show a mean taken off or 1 added to the weight.
+
+    It is asked with a weight of ones, so that it can be where the weights have no numbers yet.
+    """
     weight = getattr(norm, "weight", None)
-    if weight is None or weight.device.type == "meta" or not hasattr(norm, "variance_epsilon"):
+    if weight is None or not hasattr(norm, "variance_epsilon"):
         return False
-    sample = torch.linspace(-1.0, 2.0, weight.numel(), device=weight.device, dtype=weight.dtype)[None]
-    return bool(
-        torch.allclose(_rms_norm(norm, sample), norm(sample), rtol=1e-2 if weight.dtype == torch.bfloat16 else 1e-5)
-    )
+    with unset_fake_temporarily():
+        norm = copy.copy(norm)
+        norm._parameters = {"weight": nn.Parameter(torch.ones(weight.shape, dtype=weight.dtype, device="cpu"))}
+        sample = torch.linspace(-1.0, 2.0, weight.numel(), dtype=weight.dtype, device="cpu")[None]
+        close = 1e-2 if weight.dtype == torch.bfloat16 else 1e-5
+        return bool(torch.allclose(_rms_norm(norm, sample), norm(sample), rtol=close))

@@ -1,0 +1,243 @@
+"""What a run will take of its device's memory, part by part, before anything is loaded; and the micro-batch that fits.
+
+Weights and what is kept for each of them are counted from the model's configuration, passes by :mod:`sparring.model.trace`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from sparring.config import Config, TrainingConfig
+from sparring.methods.base import Cadence, Context, LogProbs, Method, Request, Sampling, Writing
+from sparring.model.attention import kind_for
+from sparring.model.memory import available
+from sparring.model.optim import state_bytes, step_bytes
+from sparring.model.trace import Shape, passes, writing
+from sparring.records import Prompt, Response, Tokens, tokens
+from sparring.seeds import Seeds
+
+MARGIN = 0.1  # of what is available stays free: allocators leave gaps, and others use the machine too
+# Larger micro-batches than these were no faster: matrix products of so many rows keep the whole device busy.
+SATURATED = {"cpu": 4096, "cuda": 32768}
+LEAST = 256  # tokens below which no micro-batch goes by itself: weights are read anew for each one
+
+Phase = Literal["always", "update", "glance", "writing"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Bytes that something takes, and when: always, or in one of three phases of which no two are at once."""
+
+    name: str
+    size: int
+    phase: Phase
+    note: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes of one device."""
+
+    parts: tuple[Part, ...]
+    tokens: int  # of a micro-batch
+    device: str
+    available: int | None  # bytes, as the run begins; None: nobody knows
+
+    @property
+    def peak(self) -> Phase:
+        """The phase that needs most."""
+        return max(("update", "glance", "writing"), key=self.during)
+
+    @property
+    def needed(self) -> int:
+        """Bytes at the peak."""
+        return self.during("always") + self.during(self.peak)
+
+    def during(self, phase: Phase) -> int:
+        """Bytes of a phase's own parts."""
+        return sum(part.size for part in self.parts if part.phase == phase)
+
+    @property
+    def missing(self) -> int:
+        """Bytes that are lacking for the peak and its margin; 0 where it fits."""
+        room = self.needed if self.available is None else int(self.available * (1 - MARGIN))
+        return max(0, self.needed - room)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak fits with the margin to spare."""
+        return self.missing == 0
+
+    def __str__(self) -> str:
+        """needs about 3.2 GB of 20 GB; 4,096 tokens a micro-batch"""
+        of = "" if self.available is None else f" of {gigabytes(self.available)}"
+        short = "" if self.fits else ", which may not be enough"
+        return f"needs about {gigabytes(self.needed)}{of}{short}; {self.tokens:,} tokens a micro-batch"
+
+
+def gigabytes(size: int) -> str:
+    """Bytes as people read them: 3.2 GB."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How long what is trained on can be, in tokens."""
+
+    sequence: int  # the longest prompt with its response
+    pair: int  # what the longest pair may take of a micro-batch
+    source: str  # where that comes from, for error messages
+
+
+def fitting(
+    config: Config, about: PretrainedConfig, device: torch.device, lengths: Lengths, free: int | None = None
+) -> Plan:
+    """The plan of a run, at the budget it names, or at the largest that fits where that is auto: half by half from what saturates.
+
+    ``about`` is the model's own configuration, ``free`` stands for what the device has. Where not even the smallest budget fits,
+    its plan is given. NotImplementedError where the model's code cannot be gone through without numbers.
+    """
+    free = available(device) if free is None else free
+    made = _planner(config, about, device, lengths, free)
+    chosen = config.training.max_tokens_per_micro_batch
+    if chosen != "auto":
+        return made(chosen)
+    budget, least = saturated(device, lengths), max(LEAST, lengths.pair)
+    while not (planned := made(budget)).fits and budget > least:
+        budget = max(budget // 2, least)
+    return planned
+
+
+def saturated(device: torch.device, lengths: Lengths) -> int:
+    """The budget beyond which a larger one is no faster, and at which the longest pair still goes in."""
+    return max(SATURATED.get(device.type, SATURATED["cpu"]), lengths.pair)
+
+
+def expected(config: Config, about: PretrainedConfig) -> Lengths:
+    """The greatest lengths that ``config`` lets through, whatever the data are."""
+    limit = getattr(about.get_text_config(), "max_position_embeddings", None) or config.data.max_length
+    longest = min(config.data.max_length, limit)
+    return lengths_of((), config.method, longest, longest)
+
+
+def lengths_of(prompts: Sequence[Prompt], method: Method, max_length: int, sequence: int = 0) -> Lengths:
+    """The lengths of ``prompts`` under ``method``; a response still to be written may fill ``max_length``."""
+    sides, rows, _ = _asked(method, 2, max_length)
+    sizes = {p.id: [len(r.token_ids) for r in (p.human, p.rejected) if r] for p in prompts}
+    sequence = max((len(p.token_ids) + max(sizes[p.id], default=0) for p in prompts), default=sequence)
+    if sides == 1:
+        return Lengths(sequence, sequence, f"a longest sequence of {sequence} tokens")
+    if rows or not prompts:
+        return Lengths(sequence, 2 * max_length, f"pairs of up to two times max_length {max_length}")
+    pair, row = max((sides * len(p.token_ids) + sum(sizes[p.id]), p.id) for p in prompts)
+    return Lengths(sequence, pair, f"row {row}, whose pair has {pair} tokens")
+
+
+def _planner(
+    config: Config, about: PretrainedConfig, device: torch.device, lengths: Lengths, free: int | None
+) -> Callable[[int], Plan]:
+    """The plan as a function of the budget; what does not depend on it is found once."""
+    method, training = config.method, config.training
+    cadence: Cadence = method.cadence(training.batch_size, 1)
+    sides, requests, longest = _asked(method, lengths.sequence, config.data.max_length)
+    dtype = torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
+    kind = kind_for(device, config.model.attn_implementation)
+    shape = Shape(
+        about,
+        dtype,
+        device,
+        kind,
+        lengths.sequence,
+        sides,
+        training.gradient_checkpointing,
+        config.model.trust_remote_code,
+    )
+    model = skeleton(about, config.model.trust_remote_code)
+    always = standing(model, training, cadence, dtype)
+    if requests:
+        per_round = cadence.prompts_per_round
+        rows = config.generation.generation_batch_size
+        rows = rows if per_round is None else min(rows, requests * per_round * cadence.generate_ahead)
+        cache, peak = writing(replace(shape, longest=longest), rows)
+        always.append(Part("KV cache", cache, "writing", f"{rows} sequences of {longest:,} tokens"))
+        always.append(Part("writing", peak - cache, "writing", "prompts read, tokens drawn"))
+    gradients = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    most = training.batch_size * sides * lengths.sequence  # tokens of an update
+
+    def made(budget: int) -> Plan:
+        row = min(budget, most)
+        found = passes(shape, row)
+        peak = found.later if most > budget else found.first
+        peak = max(peak, gradients + step_bytes(model, training, device))
+        kept = max(0, min(found.kept, peak - gradients))
+        how = "recomputed layer by layer" if training.gradient_checkpointing else "kept for the backward pass"
+        parts = [
+            Part("gradients", gradients, "update", "float32"),
+            Part("activations", kept, "update", f"of {row:,} tokens, {how}"),
+            Part("work", peak - gradients - kept, "update", "logits, and a layer or the optimizer at its largest"),
+        ]
+        if training.term_grad_norm_steps and _terms(method) > 1:
+            note = f"two more, each {training.term_grad_norm_steps} updates (term_grad_norm_steps)"
+            parts.append(Part("terms' gradients", 2 * gradients, "update", note))
+        if cadence.reference != "none":
+            parts.append(Part("reference's pass", found.glance, "glance", f"of {row:,} tokens"))
+        return Plan((*always, *parts), budget, str(device), free)
+
+    return made
+
+
+def skeleton(about: PretrainedConfig, trust_remote_code: bool = False) -> Any:
+    """The model without numbers."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(about, trust_remote_code=trust_remote_code)
+
+
+def standing(model: Any, training: TrainingConfig, cadence: Cadence, dtype: torch.dtype) -> list[Part]:
+    """What is there for as long as the run is; ``dtype`` is that of the computation."""
+    count, name = sum(p.numel() for p in model.parameters()), str(dtype).removeprefix("torch.")
+    parts = [Part("weights", 4 * count, "always", f"{count / 1e6:,.1f} million, float32")]
+    if dtype != torch.float32:
+        parts.append(Part("working copy", dtype.itemsize * count, "always", name))
+    if cadence.ema_decay:
+        parts.append(Part("EMA", 4 * count, "always", "float32"))
+    if cadence.reference != "none":
+        parts.append(Part("reference", dtype.itemsize * count, "always", name))
+    return [*parts, Part("optimizer", state_bytes(model, training), "always", training.optim)]
+
+
+def _terms(method: Method) -> int:
+    """How many terms the method's loss has."""
+    names = [f.name for f in fields(LogProbs)]
+    ones = {name: torch.full((1,), -1.0 if "tokens" not in name else 1.0) for name in names}
+    return len(method.terms(LogProbs(**(ones | {"mean_tokens": 1.0}))))  # type: ignore[arg-type]
+
+
+class _Asked:
+    """A writer that notes what it is asked for, and writes as much as it may."""
+
+    source = "ema@0"
+
+    def __init__(self) -> None:
+        self.requests: list[Request] = []
+
+    def write(self, requests: Sequence[Request], sampling: Sampling) -> list[Writing]:
+        self.requests += requests
+        return [Writing(tokens([1] * request.max_new_tokens), False) for request in requests]
+
+    def text(self, token_ids: Tokens) -> str:
+        return ""
+
+
+def _asked(method: Method, sequence: int, max_length: int) -> tuple[int, int, int]:
+    """Found by letting the method respond to one prompt: sides of a pair, requests for writing, and the longest one's tokens."""
+    half, writer = sequence // 2, _Asked()
+    given = [Response("", tokens([side] * half), "human") for side in (2, 3)]
+    prompt = Prompt(0, "", tokens([0] * (sequence - half)), *given)
+    groups = method.respond([prompt], 0, Context({"policy": writer, "ema": writer}, Seeds(0), max_length))
+    longest = max((len(r.token_ids) + r.max_new_tokens for r in writer.requests), default=0)
+    return min(2, len(groups[0].responses)), len(writer.requests), longest
