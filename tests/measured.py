@@ -1,6 +1,6 @@
 """Measures the memory of two updates in a process of its own, and prints it beside the plan. Not a test.
 
-    python tests/measured.py '{"method": "dpo", "hidden_size": 256, "dtype": "bfloat16"}'
+python tests/measured.py '{"method": "dpo", "hidden_size": 256, "dtype": "bfloat16"}'
 """
 
 import ctypes
@@ -97,7 +97,11 @@ def main() -> None:
     before = status("VmRSS")
     step(config, shape)
     parts = {part.name: part.size for part in planned.parts}
-    print(json.dumps({"peak": planned.peak, "measured": status("VmHWM") - before, "planned": planned.needed, "parts": parts}))
+    print(
+        json.dumps(
+            {"peak": planned.peak, "measured": status("VmHWM") - before, "planned": planned.needed, "parts": parts}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ LAYERS = """
     data
     model methods.base buffer recipes
     metrics
-    methods actors judges learner checkpoint journal monitor card progress interrupt
+    methods actors judges learner model.plan checkpoint journal monitor card progress interrupt
     evaluate probe
     loop
     session

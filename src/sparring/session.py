@@ -26,6 +26,7 @@ from sparring.learner import Learner
 from sparring.loop import Round, Update, play
 from sparring.methods.base import Context, Method
 from sparring.model import policy
+from sparring.model.plan import with_budget
 from sparring.model.roles import Role, Roles
 from sparring.monitor import Monitor
 from sparring.probe import Probe
@@ -80,9 +81,11 @@ class Session:
             self.loaded: Loaded = load(config.data, self.chat, need=self.method.needs, rows=rows, tick=tick)
         self.prompts: Sequence[Prompt] = self.loaded.prompts
         self.dtype_shipped = policy.shipped_dtype(config.model) if model is None else model.dtype
+        about = policy.configuration(config.model) if model is None else model.config
+        self.max_length = _room(about, self.prompts, config.data.max_length)
+        self.config = config = with_budget(config, about, device, self.prompts, self.max_length, self._say)
         start = policy.load_model(config.model, device) if model is None else policy.adopt(model, device)
         policy.check_vocabulary(self.chat.tokenizer, start)
-        self.max_length = _room(start, self.prompts, config.data.max_length)
 
         training = config.training
         self.updates_per_epoch = math.ceil(len(self.prompts) / training.batch_size)
@@ -273,9 +276,9 @@ class Session:
         return self.bars.stage(self.method.name, self.total_steps, self.state.counters.step, "updates")
 
 
-def _room(model: Any, prompts: Sequence[Prompt], max_length: int) -> int:
+def _room(about: Any, prompts: Sequence[Prompt], max_length: int) -> int:
     """max_length, or the model's own limit where that is less and the data fits; ValueError where it does not fit."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or max_length
+    limit = getattr(about.get_text_config(), "max_position_embeddings", None) or max_length
     lengths = ((len(p.token_ids) + len(r.token_ids), p.id) for p in prompts for r in (p.human, p.rejected) if r)
     longest, row = max(lengths, default=(0, 0))
     if longest > limit:

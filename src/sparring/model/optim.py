@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -45,23 +46,29 @@ def make_optimizers(model: Any, config: TrainingConfig) -> list[torch.optim.Opti
 
 def state_bytes(model: Any, config: TrainingConfig) -> int:
     """Bytes of the state that those optimizers keep once they have stepped; ``model`` may be without numbers."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = _sizes(p for p in model.parameters() if p.requires_grad)
     if config.optim == "rmsprop":
-        return 4 * sum(p.numel() for p in trained)
-    if config.optim == "adamw_8bit":  # a byte for each moment, and a float for each 256 of them; small weights stay whole
-        return sum(p.numel() * 2 + p.numel() // 32 if p.numel() >= 4096 else 8 * p.numel() for p in trained)
-    one = _hidden(model) if config.optim == "muon" else []
-    return 8 * sum(p.numel() for p in trained) - 4 * sum(p.numel() for p in one)
+        return 4 * sum(trained)
+    if (
+        config.optim == "adamw_8bit"
+    ):  # a byte for each moment, and a float for each 256 of them; small weights stay whole
+        return sum(2 * n + n // 32 if n >= 4096 else 8 * n for n in trained)
+    one = _sizes(_hidden(model)) if config.optim == "muon" else []
+    return 8 * sum(trained) - 4 * sum(one)
 
 
 def step_bytes(model: Any, config: TrainingConfig, device: torch.device) -> int:
     """Bytes that a step takes for a moment: a root of the second moment, at once for all weights on CUDA; fused ones none."""
-    trained = [p.numel() for p in model.parameters() if p.requires_grad]
+    trained = _sizes(p for p in model.parameters() if p.requires_grad)
     if config.optim in ("rmsprop", "adamw_torch"):
         return 4 * sum(trained) if device.type == "cuda" else 8 * max(trained)
     if config.optim == "muon":  # the update and its orthogonalisation, in bfloat16 but for the first
-        return 12 * max((p.numel() for p in _hidden(model)), default=0)
+        return 12 * max(_sizes(_hidden(model)), default=0)
     return 0
+
+
+def _sizes(weights: Iterable[Any]) -> list[int]:
+    return [p.numel() for p in weights]
 
 
 def _hidden(model: Any) -> list[Any]:

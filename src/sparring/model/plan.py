@@ -113,6 +113,36 @@ def fitting(
     return planned
 
 
+def with_budget(
+    config: Config,
+    about: PretrainedConfig,
+    device: torch.device,
+    prompts: Sequence[Prompt],
+    max_length: int,
+    say: Callable[[str], None],
+) -> Config:
+    """``config`` with the micro-batch that fits where it says auto, to be saved and resumed so; ``say`` is told of the plan.
+
+    ValueError where auto finds none that fits. A budget that somebody chose is never refused.
+    """
+    lengths = lengths_of(prompts, config.method, max_length)
+    auto, chosen = config.training.max_tokens_per_micro_batch == "auto", saturated(device, lengths)
+    try:
+        made = fitting(config, about, device, lengths)
+    except NotImplementedError as problem:
+        say(f"no plan of memory, since {problem}")
+    else:
+        say(str(made))
+        chosen = made.tokens
+        if auto and not made.fits:
+            raise ValueError(
+                f"{config.model.model_name_or_path or 'the model'} {made}, and a micro-batch must take {lengths.source}. Try "
+                "gradient_checkpointing, optim adamw_8bit or a smaller max_length (`sparring plan` says what takes how much); "
+                "a max_tokens_per_micro_batch of your own is tried without asking"
+            )
+    return replace(config, training=replace(config.training, max_tokens_per_micro_batch=chosen)) if auto else config
+
+
 def saturated(device: torch.device, lengths: Lengths) -> int:
     """The budget beyond which a larger one is no faster, and at which the longest pair still goes in."""
     return max(SATURATED.get(device.type, SATURATED["cpu"]), lengths.pair)
@@ -236,8 +266,8 @@ class _Asked:
 def _asked(method: Method, sequence: int, max_length: int) -> tuple[int, int, int]:
     """Found by letting the method respond to one prompt: sides of a pair, requests for writing, and the longest one's tokens."""
     half, writer = sequence // 2, _Asked()
-    given = [Response("", tokens([side] * half), "human") for side in (2, 3)]
-    prompt = Prompt(0, "", tokens([0] * (sequence - half)), *given)
+    human, other = (Response("", tokens([side] * half), "human") for side in (2, 3))
+    prompt = Prompt(0, "", tokens([0] * (sequence - half)), human, other)
     groups = method.respond([prompt], 0, Context({"policy": writer, "ema": writer}, Seeds(0), max_length))
     longest = max((len(r.token_ids) + r.max_new_tokens for r in writer.requests), default=0)
     return min(2, len(groups[0].responses)), len(writer.requests), longest

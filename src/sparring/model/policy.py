@@ -43,7 +43,7 @@ def load_model(config: ModelConfig, device: torch.device) -> Any:
 
 def check_causal(config: ModelConfig) -> None:
     """Raise ValueError where the model's own configuration says that it is no causal language model."""
-    about = _config(config)
+    about = configuration(config)
     kinds = set(about.architectures or [])
     causal = {
         name
@@ -102,7 +102,7 @@ def ends_of(generation: GenerationConfig) -> list[int]:
 
 def shipped_dtype(config: ModelConfig) -> torch.dtype:
     """The precision the starting model was saved in, and the result will be."""
-    dtype = _config(config).dtype
+    dtype = configuration(config).dtype
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
@@ -168,7 +168,8 @@ def _found(config: ModelConfig) -> str:
     return name
 
 
-def _config(config: ModelConfig) -> transformers.PretrainedConfig:
+def configuration(config: ModelConfig) -> transformers.PretrainedConfig:
+    """What the model says of itself; ValueError where nothing that can be read as a model is there."""
     where = _found(config)
     try:
         found: transformers.PretrainedConfig = AutoConfig.from_pretrained(

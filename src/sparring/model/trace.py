@@ -34,11 +34,11 @@ GROUPS = 4  # in the row that is gone through
 
 @dataclass(frozen=True)
 class Passes:
-    """Bytes above the weights at the peak of passes over one micro-batch."""
+    """Bytes above the weights at the peak of passes over one micro-batch, gradients of weights included."""
 
     kept: int  # what autograd has kept when the backbone's forward pass ends
     first: int  # an update's first micro-batch, whose gradients come into being
-    later: int  # another one, gradients included
+    later: int  # another one
     glance: int  # without gradient, as the reference's
 
 
@@ -65,7 +65,7 @@ class Live(TorchDispatchMode):
     """Counts the bytes of what operations make, for as long as it lives, and their highest sum."""
 
     def __init__(self, known: Sequence[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self.seen: weakref.WeakSet[Any] = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
 
@@ -188,7 +188,7 @@ def _head(worker: Any, states: Tensor, *, learns: bool) -> Tensor:
 
 
 def _layout(shape: Shape, budget: int) -> Packed | Padded:
-    """A micro-batch of ``budget`` tokens in a few groups: where memory is linear in tokens, how many segments there are is no matter."""
+    """A micro-batch of ``budget`` tokens in a few groups: memory goes by tokens, however many groups they make up."""
     cpu, sides, longest = torch.device("cpu"), shape.sides, shape.longest
     if shape.kind == "dense":
         return pad([_group(longest, sides)] * max(1, budget // (sides * longest)), 0, cpu)
