@@ -1,4 +1,4 @@
-"""Measures the memory of two updates in a process of its own, and prints it beside the plan. Not a test.
+"""Measures the memory of an update in a process of its own, and prints it beside the plan. Not a test.
 
 python tests/measured.py '{"method": "dpo", "hidden_size": 256, "dtype": "bfloat16"}'
 """
@@ -56,19 +56,20 @@ def pairs(count: int, longest: int, vocabulary: int, rejected: bool, seed: int =
     return made
 
 
-def step(config: Any, shape: dict[str, Any], steps: int = 2) -> None:
-    """A model in its roles and some updates of it."""
+def play(config: Any, shape: dict[str, Any], batches: list[int]) -> None:
+    """A model in its roles, and updates of it on so many pairs each; a single pair is short, and makes the optimizer's state."""
     torch.manual_seed(0)
     cadence = config.method.cadence(config.training.batch_size, 100)
     dtype = torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
     policy = prepared(LlamaForCausalLM(llama(shape)).eval())
     compares = cadence.reference != "none"
     roles = Roles(policy, ema_decay=cadence.ema_decay, reference=compares, dtype=dtype)
-    learner = Learner(roles, config.method, config.training, pad_id=0, total_steps=10)
-    for number in range(steps):
-        batch = config.training.batch_size
+    learner = Learner(roles, config.method, config.training, pad_id=0, total_steps=20)
+    every = config.training.term_grad_norm_steps or 1  # terms are told apart in each of these updates
+    for number, count in enumerate(batches):
+        longest = config.data.max_length if count > 1 else 16
         two = config.method.name != "sft"
-        learner.update(pairs(batch, config.data.max_length, shape["vocab_size"], two, seed=number), number)
+        learner.update(pairs(count, longest, shape["vocab_size"], two, seed=number), number * every)
         roles.step_ema()
 
 
@@ -85,7 +86,7 @@ def main() -> None:
     shape = SHAPE | {key: given.pop(key) for key in SHAPE if key in given}
     config = resolve(method(given.pop("method", "dpo")), KEYS | given)
     small = {"vocab_size": 256, "hidden_size": 32, "layers": 1, "heads": 2, "kv_heads": 2, "tied": False}
-    step(config, small, 1)
+    play(config, small, [1])
     about = llama(shape)
     planned = fitting(config, about, torch.device("cpu"), expected(config, about))
     libc = ctypes.CDLL(None)
@@ -95,7 +96,7 @@ def main() -> None:
     libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
-    step(config, shape)
+    play(config, shape, [1, config.training.batch_size])
     parts = {part.name: part.size for part in planned.parts}
     print(
         json.dumps(

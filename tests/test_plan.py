@@ -18,7 +18,7 @@ from sparring.cli import main
 from sparring.config import Config, resolve
 from sparring.methods import method
 from sparring.model import memory, plan
-from sparring.model.plan import Lengths, Plan, expected, fitting, lengths_of
+from sparring.model.plan import Lengths, Plan, expected, fitting, lengths_of, with_budget
 from sparring.model.trace import Shape, passes, writing
 from sparring.records import Prompt, Response, tokens
 from sparring.run import resume, train
@@ -102,6 +102,26 @@ def test_every_layout_can_be_planned(kind: Any, dtype: torch.dtype) -> None:
     assert 0 < found.glance < found.later
     logits = 512 * 2 / 3 * 1000 * dtype.itemsize
     assert kind != "dense" or found.later > 3 * logits
+
+
+def test_the_configuration_that_is_asked_stays_as_it_is() -> None:
+    about = tiny()
+    before = about.to_dict(), about._attn_implementation
+    planned("sapo", about=about)
+    planned("sapo", about=about, attn_implementation="eager")
+    assert (about.to_dict(), about._attn_implementation) == before
+
+
+def test_a_model_that_needs_numbers_has_no_plan_and_runs_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(shape: Shape, budget: int) -> Any:
+        raise NotImplementedError("llama cannot be gone through")
+
+    monkeypatch.setattr(plan, "passes", refuses)
+    said: list[str] = []
+    prompt = Prompt(0, "", tokens([1] * 9), Response("", tokens([1] * 9), "human"))
+    made = with_budget(configured("sft"), tiny(), CPU, [prompt], 256, said.append)
+    assert made.training.max_tokens_per_micro_batch == plan.SATURATED["cpu"]
+    assert said == ["no plan of memory, since llama cannot be gone through"]
 
 
 MEASURED: list[dict[str, Any]] = [

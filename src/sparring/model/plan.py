@@ -5,6 +5,7 @@ Weights and what is kept for each of them are counted from the model's configura
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
@@ -224,7 +225,7 @@ def _planner(
 def skeleton(about: PretrainedConfig, trust_remote_code: bool = False) -> Any:
     """The model without numbers."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(about, trust_remote_code=trust_remote_code)
+        return AutoModelForCausalLM.from_config(copy.deepcopy(about), trust_remote_code=trust_remote_code)
 
 
 def standing(model: Any, training: TrainingConfig, cadence: Cadence, dtype: torch.dtype) -> list[Part]:

@@ -6,6 +6,8 @@ and a result's bytes count until autograd, the cache or the code lets it go, so 
 
 from __future__ import annotations
 
+import copy
+import logging
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -136,10 +138,12 @@ def writing(shape: Shape, rows: int) -> tuple[int, int]:
 @contextmanager
 def _model(shape: Shape) -> Iterator[Any]:
     """The model that computes, on fake tensors; under bfloat16 with float32 masters that take its gradients."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # it would print what is raised, too
+    log.disabled = True
     try:
         with FakeTensorMode(), torch.device(shape.device):
             made = AutoModelForCausalLM.from_config(
-                shape.config,
+                copy.deepcopy(shape.config),
                 dtype=shape.dtype,
                 attn_implementation="eager" if shape.kind == "dense" else "sdpa",
                 trust_remote_code=shape.trust_remote_code,
@@ -149,7 +153,12 @@ def _model(shape: Shape) -> Iterator[Any]:
                 serving(worker, [torch.empty(p.shape, dtype=torch.float32) for p in worker.parameters()])
             yield worker
     except (RuntimeError, NotImplementedError, TypeError, AttributeError, KeyError) as problem:
-        raise NotImplementedError(f"{shape.config.model_type} cannot be planned: {problem}") from problem
+        words = str(problem).split("\n")[0]
+        raise NotImplementedError(
+            f"{shape.config.model_type} cannot be gone through without numbers: {words}"
+        ) from problem
+    finally:
+        log.disabled = False
 
 
 def _let_stand_in(worker: Any, shape: Shape) -> None:
