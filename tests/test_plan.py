@@ -16,7 +16,7 @@ from transformers import LlamaConfig
 from sparring.checkpoint import found
 from sparring.cli import main
 from sparring.config import Config, resolve
-from sparring.methods import method
+from sparring.methods import METHODS, method
 from sparring.model import memory, plan
 from sparring.model.plan import Lengths, Plan, expected, fitting, lengths_of, with_budget
 from sparring.model.trace import Shape, passes, writing
@@ -122,6 +122,11 @@ def test_a_model_that_needs_numbers_has_no_plan_and_runs_without_one(monkeypatch
     made = with_budget(configured("sft"), tiny(), CPU, [prompt], 256, said.append)
     assert made.training.max_tokens_per_micro_batch == plan.SATURATED["cpu"]
     assert said == ["no plan of memory, since llama cannot be gone through"]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_can_be_planned(name: str) -> None:
+    assert planned(name, max_tokens_per_micro_batch=256).fits
 
 
 MEASURED: list[dict[str, Any]] = [

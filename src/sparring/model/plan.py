@@ -245,7 +245,7 @@ def _terms(method: Method) -> int:
     """How many terms the method's loss has."""
     names = [f.name for f in fields(LogProbs)]
     ones = {name: torch.full((1,), -1.0 if "tokens" not in name else 1.0) for name in names}
-    return len(method.terms(LogProbs(**(ones | {"mean_tokens": 1.0}))))  # type: ignore[arg-type]
+    return len(method.terms(LogProbs(**(ones | {"mean_tokens": 1.0, "kl": torch.zeros(())}))))  # type: ignore[arg-type]
 
 
 class _Asked:

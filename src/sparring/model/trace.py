@@ -193,6 +193,8 @@ def _head(worker: Any, states: Tensor, *, learns: bool) -> Tensor:
         made += [states.new_empty(rows, states.shape[1], dtype=torch.float32) for _ in range(2)]
         if states.dtype != torch.float32:
             made.append(torch.empty_like(weight))
+            if states.device.type == "cpu":  # whose kernels widen a whole operand before they take it off a float32
+                made.append(torch.empty_like(weight, dtype=torch.float32))
     return torch.empty_like(states)
 
 
