@@ -31,7 +31,7 @@ def test_help_of_every_method_gives_each_key_with_its_default(capsys: Any, monke
 def test_the_overview_names_every_command_and_tells_the_two_sapos_apart(capsys: Any) -> None:
     assert main([]) == 0
     out = capsys.readouterr().out
-    for name in (*METHODS, "demo", "resume", "status", "inspect", "doctor", "init-model", "evaluate"):
+    for name in (*METHODS, "plan", "demo", "resume", "status", "inspect", "doctor", "init-model", "evaluate"):
         assert f"  {name} " in out
     assert "2511.20347" in out
 

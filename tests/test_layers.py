@@ -12,8 +12,8 @@ LAYERS = """
     losses pairing config data.chat
     data
     model methods.base buffer recipes
-    metrics
-    methods actors judges learner checkpoint journal monitor card progress interrupt
+    metrics model.dry
+    methods actors judges learner model.plan checkpoint journal monitor card progress interrupt
     evaluate probe reference merge
     loop
     session

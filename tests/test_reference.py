@@ -11,6 +11,7 @@ from small import learner, pair, tiny_llama
 from toyrun import toy_folder, write_pairs
 
 from sparring import reference
+from sparring.methods.base import reference_goes_first
 from sparring.methods.offline import DPO, KTO, ORPO
 from sparring.model.roles import Roles
 from sparring.progress import Bars
@@ -74,10 +75,10 @@ def test_the_second_run_reads_it_and_another_precision_or_start_does_not(
 
 def test_when_it_can_go_first() -> None:
     cadence = DPO().cadence(4, 10)
-    assert reference.can_go_first(DPO(), cadence, 40, 40)
-    assert not reference.can_go_first(DPO(), cadence, 39, 40)  # fewer would be used than computed
-    assert not reference.can_go_first(KTO(), KTO().cadence(4, 10), 40, 40)  # it asks about mismatched responses
-    assert not reference.can_go_first(ORPO(), ORPO().cadence(4, 10), 40, 40)  # it has none
+    assert reference_goes_first(DPO(), cadence, 40, 40)
+    assert not reference_goes_first(DPO(), cadence, 39, 40)  # fewer would be used than computed
+    assert not reference_goes_first(KTO(), KTO().cadence(4, 10), 40, 40)  # it asks about mismatched responses
+    assert not reference_goes_first(ORPO(), ORPO().cadence(4, 10), 40, 40)  # it has none
 
 
 def test_a_pair_is_asked_about_once_until_the_reference_moves(cache: Path) -> None:

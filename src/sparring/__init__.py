@@ -4,11 +4,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sparring.journal import Run
     from sparring.methods.offline import DPO, DPOP, IPO, KTO, ORPO, SFT, Hinge, SimPO
     from sparring.methods.sapo import SAPO
     from sparring.records import Pair, Prompt, Response
     from sparring.run import resume, train
-    from sparring.session import Run
 
 __all__ = [
     "DPO",
@@ -32,7 +32,7 @@ PLACES = {  # looked up when first used: `import sparring` costs nothing, and th
     "sparring.methods.sapo": ("SAPO",),
     "sparring.records": ("Pair", "Prompt", "Response"),
     "sparring.run": ("resume", "train"),
-    "sparring.session": ("Run",),
+    "sparring.journal": ("Run",),
 }
 
 

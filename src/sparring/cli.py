@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sparring.config import PARTS, keys_of, resolve
-from sparring.keys import nearest
+from sparring.keys import nearest, read
 from sparring.methods import METHODS, method
 from sparring.recipes import read_recipe
 
@@ -27,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands: dict[str, tuple[Callable[[list[str]], int], str]] = {
         **{name: (partial(_train, name), about) for name, (_, _, about) in METHODS.items()},
         "demo": (_demo, "Make data, train a tiny model, align it, and print what it gained"),
+        "plan": (_plan, "What a run would take of the device's memory, and whether it fits"),
         "evaluate": (_evaluate, "Held-out likelihood, samples, and a verifier's score of a model"),
         "resume": (_resume, "Continue an interrupted run exactly where it would be"),
         "merge": (_merge, "Add a LoRA adapter into its base: an ordinary Hugging Face folder"),
@@ -83,8 +85,15 @@ def _train(name: str, words: list[str]) -> int:
     kind = method(name)
     if _wants_help(words, kind, tuple(PARTS)):
         return 0
-    given = flags(words)
-    recipe = _recipe(given)
+    given = _keys(name, flags(words))
+    from sparring.run import train
+
+    return _ended(train(kind, **given))
+
+
+def _keys(name: str, given: Flags) -> Flags:
+    """The keys of the recipe that is given, under those that are given beside it; ValueError for one that ``name`` lacks."""
+    kind, recipe = method(name), _recipe(given)
     named = recipe.pop("method", name)
     if named != name:
         raise ValueError(f"the recipe is for {named}: run `sparring {named}` with it")
@@ -94,9 +103,33 @@ def _train(name: str, words: list[str]) -> int:
         raise ValueError(
             f"unknown key {unknown!r} for {name}{nearest(unknown, known)}; `sparring {name} --help` lists them"
         )
-    from sparring.run import train
+    return {**recipe, **given}
 
-    return _ended(train(kind, **{**recipe, **given}))
+
+def _plan(words: list[str]) -> int:
+    if not words or {"-h", "--help"} & set(words):
+        print("sparring plan [METHOD] [--config RECIPE.yaml] [--key value ...] [--processes N] [--json]")
+        print(
+            "What `sparring METHOD` with the same words would take of the device's memory; exit code 0 where it fits, 1 where not."
+        )
+        return 0
+    named = words.pop(0) if not words[0].startswith("--") else None
+    given = flags(words)
+    as_json = read("json", given.pop("json", False), bool)
+    processes = read("processes", given.pop("processes", 1), int)
+    name = named or _recipe(dict(given)).get("method")
+    if name is None:
+        raise ValueError("no method: write `sparring plan sapo ...`, or give a recipe with a method line by --config")
+    keys = _keys(name, given)
+    from sparring.report.plan import plan_json, plan_of, plan_view
+
+    config = resolve(method(name), keys)
+    plan = plan_of(config, processes)
+    if as_json:
+        print(json.dumps(plan_json(plan)))
+    else:
+        Console().print(plan_view(plan, config))
+    return 0 if plan.fits else 1
 
 
 def _resume(words: list[str]) -> int:

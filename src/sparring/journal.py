@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
@@ -88,6 +89,25 @@ class Journal:
             return
         line = {"state": state, "step": step, "total_steps": total, "pid": os.getpid(), "message": message}
         _replace(self.folder / "status.json", json.dumps(line))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder, and what came of it."""
+
+    folder: Path
+    state: str  # finished, stopped or interrupted
+    message: str = ""
+
+    @property
+    def model(self) -> Path:
+        """The resulting Hugging Face folder."""
+        return self.folder / "model"
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl that stand for updates."""
+        return [line for line in read_lines(self.folder / "metrics.jsonl") if "loss" in line]
 
 
 class Tracker(Protocol):

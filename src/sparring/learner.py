@@ -22,7 +22,7 @@ from sparring.model.attention import kind_for
 from sparring.model.logps import Scorer, checked
 from sparring.model.optim import learning_rate, make_optimizers
 from sparring.model.parallel import local, together
-from sparring.model.roles import Roles
+from sparring.model.roles import Roles, checkpointing
 from sparring.records import Pair
 
 BUDGET = 16384  # tokens of a micro-batch that nobody has chosen
@@ -52,9 +52,7 @@ class Learner:
         self._scorer: Scorer | None = None
         roles.worker.train()
         if config.gradient_checkpointing:
-            # transformers 5.2x renamed it, and warns of the old name.
-            old = roles.worker.gradient_checkpointing_enable
-            getattr(roles.worker, "activation_checkpointing_enable", old)({"use_reentrant": False})
+            checkpointing(roles.worker)
 
     @property
     def budget(self) -> int:

@@ -12,20 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from sparring.journal import versions
 from sparring.learner import Learner
-from sparring.methods.base import Cadence, Method
 from sparring.progress import Bars
 from sparring.records import Pair
 
 CHUNK = 512  # pairs between two moves of the bar
-
-
-def can_go_first(method: Method, cadence: Cadence, pairs_used: int, prompts: int) -> bool:
-    """Whether all that the reference will ever be asked is known before the first update, and all of it will be used.
-
-    Then the reference need not stay in memory: before the first update it is the policy.
-    """
-    given = method.needs == "pairs" and cadence.prompts_per_round is None and cadence.reference == "initial"
-    return given and not method.mismatched and pairs_used >= prompts
 
 
 def compute(learner: Learner, pairs: Sequence[Pair], start_fingerprint: str, bars: Bars) -> None:

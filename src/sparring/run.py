@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from sparring.config import Config, resolve
-from sparring.journal import Journal
+from sparring.journal import Journal, Run
 from sparring.methods import method as method_called
 from sparring.methods.base import Method
 from sparring.model.parallel import joined
 from sparring.progress import Bars
 from sparring.recipes import read_recipe
-from sparring.session import Run, Session
+from sparring.session import Session
 
 
 def train(
@@ -125,6 +125,8 @@ def _refuse_taken(journal: Journal, config: Config) -> None:
         raise ValueError(f"output_dir {journal.folder} is not empty and holds no run: choose a new folder")
     before, _ = journal.configuration()
     mine = config.flat()
+    if mine["max_tokens_per_micro_batch"] == "auto":  # what it came to is written down
+        mine["max_tokens_per_micro_batch"] = before.get("max_tokens_per_micro_batch")
     differing = [
         f"{k} ({before.get(k)!r}, now {mine.get(k)!r})" for k in {**before, **mine} if before.get(k) != mine.get(k)
     ]

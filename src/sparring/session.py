@@ -6,7 +6,6 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,13 @@ from sparring.checkpoint import TrainState
 from sparring.config import Config
 from sparring.data.datasets import Loaded, digest, load
 from sparring.interrupt import asked_to_stop
-from sparring.journal import Journal, read_lines, tracker
+from sparring.journal import Journal, Run, read_lines, tracker
 from sparring.learner import Learner
 from sparring.loop import Round, Update, play
-from sparring.methods.base import Context, Method, Writer
+from sparring.methods.base import Context, Method, Writer, reference_goes_first
 from sparring.model import policy
 from sparring.model.parallel import ALONE, World, whole
+from sparring.model.plan import with_budget
 from sparring.model.roles import Role
 from sparring.model.start import load_start, make_roles
 from sparring.monitor import Monitor
@@ -36,25 +36,6 @@ from sparring.records import Prompt
 from sparring.seeds import Seeds
 
 ROLLBACKS = 3  # after so many a run stops: what halving the learning rate did not mend, it will not
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run's folder, and what came of it."""
-
-    folder: Path
-    state: str  # finished, stopped or interrupted
-    message: str = ""
-
-    @property
-    def model(self) -> Path:
-        """The resulting Hugging Face folder."""
-        return self.folder / "model"
-
-    @property
-    def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl that stand for updates."""
-        return [line for line in read_lines(self.folder / "metrics.jsonl") if "loss" in line]
 
 
 class Session:
@@ -85,9 +66,11 @@ class Session:
         self.dtype_shipped = policy.shipped_dtype(config.model) if model is None else model.dtype
         if config.adapter.use_peft:
             self.dtype_shipped = torch.float32  # what learns is the adapter, and it is shipped as it learned
+        about = policy.configuration(config.model) if model is None else model.config
+        self.max_length = policy.room(about, self.prompts, config.data.max_length)
+        self.config = config = with_budget(config, about, device, self.prompts, self.max_length, self._say, world)
         start = load_start(config, device, model, world)
         policy.check_vocabulary(self.chat.tokenizer, start)
-        self.max_length = policy.room(start, self.prompts, config.data.max_length)
 
         training = config.training
         self.updates_per_epoch = math.ceil(len(self.prompts) / training.batch_size)
@@ -100,7 +83,7 @@ class Session:
         }
         wanted = training.precompute_ref_log_probs
         used = self.total_steps * training.batch_size
-        self.reference_first = wanted and reference.can_go_first(self.method, self.cadence, used, len(self.prompts))
+        self.reference_first = wanted and reference_goes_first(self.method, self.cadence, used, len(self.prompts))
         kept = "none" if self.reference_first else self.cadence.reference
         roles = make_roles(config, start, self.cadence.ema_decay, kept, say=self._say, world=world, device=device)
         self.learner = Learner(

@@ -184,3 +184,13 @@ class Preference(Method):
     def strength(self) -> float:
         """beta, or the method's own."""
         return self.own_beta() if self.beta is None else self.beta
+
+
+def reference_goes_first(method: Method, cadence: Cadence, uses: int | None = None, pairs: int = 0) -> bool:
+    """Whether all that the reference will be asked is known before the first update, when it is still the policy.
+
+    Then its log-probs can be computed first, and it need not stay in memory. It does not pay where the run ``uses`` fewer pairs
+    than there are.
+    """
+    given = method.needs == "pairs" and cadence.prompts_per_round is None and cadence.reference == "initial"
+    return given and not method.mismatched and (uses is None or uses >= pairs)

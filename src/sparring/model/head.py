@@ -17,6 +17,7 @@ from sparring.model.linear import product
 
 KEPT = {"cpu": 2**27, "cuda": 2**30}  # bytes of logits at a time, where a group's fit; larger ones are computed twice
 CACHED = {"cpu": 2**22, "cuda": 2**28}  # bytes of float32 logits that are normalised at a time
+WIDE = 16384  # rows of the weight whose gradient is made at a time
 
 
 class Head:
@@ -101,7 +102,8 @@ class Head:
         if self.weight.requires_grad:
             grad = gradient(self.weight)
             weighted = (hidden * slope).to(hidden.dtype)
-            grad.sub_(product(probs.T, weighted.T))
+            for rows in _cut(0, len(weight), WIDE):  # a product of all of them would be as large as the weight
+                grad[rows].sub_(product(probs.T[rows], weighted.T))
             grad.index_add_(0, targets, (hidden * at_target).to(grad.dtype))
         if self.bias is not None and self.bias.requires_grad:
             grad = gradient(self.bias)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 
 def product(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -71,9 +72,10 @@ def _there() -> bool:
     """Whether this build of PyTorch has oneDNN's linear layer and it gives what PyTorch's own gives."""
     if not torch.backends.mkldnn.is_available():
         return False
-    hidden, weight = torch.linspace(-1, 1, 12).view(1, 3, 4), torch.linspace(-2, 1, 20).view(5, 4)
-    try:
-        found = torch.ops.mkldnn._linear_pointwise(hidden, weight, weight[:, 0].contiguous(), "none", [], "")
-    except (AttributeError, RuntimeError, TypeError):
-        return False
-    return bool(torch.allclose(found, nn.functional.linear(hidden, weight, weight[:, 0]), atol=1e-5))
+    with unset_fake_temporarily(), torch.device("cpu"):
+        hidden, weight = torch.linspace(-1, 1, 12).view(1, 3, 4), torch.linspace(-2, 1, 20).view(5, 4)
+        try:
+            found = torch.ops.mkldnn._linear_pointwise(hidden, weight, weight[:, 0].contiguous(), "none", [], "")
+        except (AttributeError, RuntimeError, TypeError):
+            return False
+        return bool(torch.allclose(found, nn.functional.linear(hidden, weight, weight[:, 0]), atol=1e-5))

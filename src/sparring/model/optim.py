@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,10 +20,7 @@ def make_optimizers(model: Any, config: TrainingConfig) -> list[torch.optim.Opti
     this PyTorch has no Muon, or the model is sharded, whose matrices Muon needs whole.
     """
     named = [(name, local(p)) for name, p in model.named_parameters() if p.requires_grad]
-    outer = {
-        id(local(m.weight)) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None
-    }
-    hidden = [p for _, p in named if p.ndim == 2 and id(p) not in outer] if config.optim == "muon" else []
+    hidden = [local(p) for p in _hidden(model)] if config.optim == "muon" else []
     if hidden and any(local(p) is not p for p in model.parameters()):
         raise ValueError(
             "optim is muon, which needs whole matrices, and there are several processes: use adamw_torch_fused"
@@ -50,6 +48,39 @@ def make_optimizers(model: Any, config: TrainingConfig) -> list[torch.optim.Opti
         muon = torch.optim.Muon(hidden, lr=rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
         optimizers.append(muon)
     return optimizers
+
+
+def state_bytes(model: Any, config: TrainingConfig) -> int:
+    """Bytes of the state that those optimizers keep once they have stepped; ``model`` may be without numbers."""
+    trained = _sizes(p for p in model.parameters() if p.requires_grad)
+    if config.optim == "rmsprop":
+        return 4 * sum(trained)
+    if (
+        config.optim == "adamw_8bit"
+    ):  # a byte for each moment, and a float for each 256 of them; small weights stay whole
+        return sum(2 * n + n // 32 if n >= 4096 else 8 * n for n in trained)
+    one = _sizes(_hidden(model)) if config.optim == "muon" else []
+    return 8 * sum(trained) - 4 * sum(one)
+
+
+def step_bytes(model: Any, config: TrainingConfig, device: torch.device) -> int:
+    """Bytes that a step takes for a moment: a root of the second moment, at once for all weights on CUDA; fused ones none."""
+    trained = _sizes(p for p in model.parameters() if p.requires_grad)
+    if config.optim in ("rmsprop", "adamw_torch"):
+        return 4 * sum(trained) if device.type == "cuda" else 8 * max(trained)
+    if config.optim == "muon":  # the update and its orthogonalisation, in bfloat16 but for the first
+        return 12 * max(_sizes(_hidden(model)), default=0)
+    return 0
+
+
+def _sizes(weights: Iterable[Any]) -> list[int]:
+    return [p.numel() for p in weights]
+
+
+def _hidden(model: Any) -> list[Any]:
+    """The trained matrices that are neither embedding nor output layer."""
+    outer = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
+    return [p for p in model.parameters() if p.requires_grad and p.ndim == 2 and id(p) not in outer]
 
 
 def learning_rate(step: int, total: int, config: TrainingConfig) -> float:

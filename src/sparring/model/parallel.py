@@ -48,6 +48,14 @@ class World:
             return flag
         return bool(self.sum(torch.tensor(float(flag), device=_meeting_device())).item())
 
+    def least(self, number: int) -> int:
+        """The smallest of the processes' numbers."""
+        if self.size > 1:
+            mine = torch.tensor(number, device=_meeting_device())
+            dist.all_reduce(mine, dist.ReduceOp.MIN)
+            number = int(mine.item())
+        return number
+
     def wait(self) -> None:
         """Until all processes are here."""
         self.any(False)

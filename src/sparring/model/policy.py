@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -32,7 +33,7 @@ def load_model(config: ModelConfig, device: torch.device, dtype: torch.dtype = t
     if device.type == "meta":
         with device:
             words = {"attn_implementation": config.attn_implementation, "trust_remote_code": config.trust_remote_code}
-            empty: Any = AutoModelForCausalLM.from_config(_config(config), dtype=dtype, **words)
+            empty: Any = AutoModelForCausalLM.from_config(configuration(config), dtype=dtype, **words)
         return prepared(empty)
     if adapter is not None:
         return prepared(adapter.merged(load_model(adapter.base, device, dtype)))
@@ -56,7 +57,7 @@ def load_model(config: ModelConfig, device: torch.device, dtype: torch.dtype = t
 
 def check_causal(config: ModelConfig) -> None:
     """Raise ValueError where the model's own configuration says that it is no causal language model."""
-    about = _config(config)
+    about = configuration(config)
     kinds = set(about.architectures or [])
     causal = {
         name
@@ -124,7 +125,7 @@ def ends_of(generation: GenerationConfig) -> list[int]:
 
 def shipped_dtype(config: ModelConfig) -> torch.dtype:
     """The precision the starting model was saved in, and the result will be."""
-    dtype = _config(config).dtype
+    dtype = configuration(config).dtype
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
@@ -163,9 +164,9 @@ def fingerprint(model: Any) -> str:
     return digest.hexdigest()
 
 
-def room(model: Any, prompts: Sequence[Prompt], max_length: int) -> int:
+def room(about: Any, prompts: Sequence[Prompt], max_length: int) -> int:
     """max_length, or the model's own limit where that is less and the data fits; ValueError where it does not fit."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or max_length
+    limit = getattr(about.get_text_config(), "max_position_embeddings", None) or max_length
     lengths = ((len(p.token_ids) + len(r.token_ids), p.id) for p in prompts for r in (p.human, p.rejected) if r)
     longest, row = max(lengths, default=(0, 0))
     if longest > limit:
@@ -203,12 +204,12 @@ def _found(config: ModelConfig) -> str:
     return name
 
 
-def _config(config: ModelConfig) -> transformers.PretrainedConfig:
-    """The model's configuration; an adapter's is its base's."""
+def configuration(config: ModelConfig) -> transformers.PretrainedConfig:
+    """What the model says of itself, an adapter's base for it; ValueError where nothing that can be read as a model is there."""
     adapter = find_adapter(config)
     if adapter is not None:
         try:
-            return _config(adapter.base)
+            return configuration(adapter.base)
         except ValueError as problem:
             raise ValueError(
                 f"{config.model_name_or_path} is an adapter, whose base cannot be read: {problem}"
@@ -230,11 +231,15 @@ def _rms_norm(norm: Any, hidden_states: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def _is_plain(norm: Any) -> bool:
-    """Whether ``norm`` gives what ``rms_norm`` gives, on numbers that would show a mean taken off or 1 added to the weight."""
+    """Whether ``norm`` gives what ``rms_norm`` gives, on numbers that would show a mean taken off or 1 added to the weight.
+
+    It is asked with a weight of its own, so that it can be where the weights have no numbers yet.
+    """
     weight = getattr(norm, "weight", None)
     if weight is None or weight.ndim != 1 or not hasattr(norm, "variance_epsilon"):
         return False
-    trial = copy.copy(norm)  # of the same class, whatever its weight is made of
-    trial._parameters = {"weight": nn.Parameter(torch.linspace(0.5, 2.0, len(weight), device="cpu"))}
-    sample = torch.linspace(-1.0, 2.0, len(weight), device="cpu")[None]
-    return bool(torch.allclose(_rms_norm(trial, sample), type(norm).forward(trial, sample), rtol=1e-5))
+    with unset_fake_temporarily():
+        trial = copy.copy(norm)  # of the same class, whatever its weight is made of
+        trial._parameters = {"weight": nn.Parameter(torch.linspace(0.5, 2.0, len(weight), device="cpu"))}
+        sample = torch.linspace(-1.0, 2.0, len(weight), device="cpu")[None]
+        return bool(torch.allclose(_rms_norm(trial, sample), type(norm).forward(trial, sample), rtol=1e-5))

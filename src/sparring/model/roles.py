@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any, Literal
 
@@ -97,14 +97,24 @@ class Roles:
         return {role: model for role, model in models.items() if model is not None}
 
 
+def checkpointing(model: Any) -> None:
+    """Let ``model`` compute its activations again in the backward pass."""
+    # transformers 5.2x renamed it, and warns of the old name.
+    old = model.gradient_checkpointing_enable
+    getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
+
+
 def _frozen_copy(model: Any, dtype: torch.dtype = torch.float32) -> Any:
     return _cast(copy.deepcopy(model).requires_grad_(False).eval(), dtype)
 
 
 def _working_copy(model: Any, dtype: torch.dtype) -> Any:
-    """A copy whose gradients are handed to ``model``'s weights, and added up there in float32, as soon as they are made."""
-    worker = _cast(copy.deepcopy(model), dtype)
-    for mine, master in zip(worker.parameters(), model.parameters(), strict=True):
+    return serving(_cast(copy.deepcopy(model), dtype), model.parameters())
+
+
+def serving(worker: Any, masters: Iterable[Any]) -> Any:
+    """``worker``, whose gradients are handed to ``masters``, and added up there in float32, as soon as they are made."""
+    for mine, master in zip(worker.parameters(), masters, strict=True):
         mine.master = master
         if mine.requires_grad:
             mine.register_post_accumulate_grad_hook(_hand_over)

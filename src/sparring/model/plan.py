@@ -1,0 +1,272 @@
+"""What a run will take of its device's memory, part by part, before anything is loaded; and the micro-batch that fits.
+
+Weights and what is kept for each of them are counted from the model's configuration, passes by :mod:`sparring.model.trace`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from sparring.config import Config, TrainingConfig
+from sparring.methods.base import Cadence, Method, reference_goes_first
+from sparring.model.attention import kind_for
+from sparring.model.dry import asked, terms
+from sparring.model.memory import available
+from sparring.model.optim import state_bytes, step_bytes
+from sparring.model.parallel import ALONE, World
+from sparring.model.trace import Shape, adapted, passes, writing
+from sparring.records import Prompt
+
+MARGIN = 0.1  # of what is available stays free: allocators leave gaps, and others use the machine too
+# Larger micro-batches than these were no faster: matrix products of so many rows keep the whole device busy.
+SATURATED = {"cpu": 4096, "cuda": 32768}
+LEAST = 256  # tokens below which no micro-batch goes by itself: weights are read anew for each one
+
+Phase = Literal["always", "update", "glance", "writing"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Bytes that something takes, and when: always, or in one of three phases of which no two are at once."""
+
+    name: str
+    size: int
+    phase: Phase
+    note: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes of one device."""
+
+    parts: tuple[Part, ...]
+    tokens: int  # of a micro-batch
+    device: str
+    available: int | None  # bytes, as the run begins; None: nobody knows
+
+    @property
+    def peak(self) -> Phase:
+        """The phase that needs most."""
+        return max(("update", "glance", "writing"), key=self.during)
+
+    @property
+    def needed(self) -> int:
+        """Bytes at the peak."""
+        return self.during("always") + self.during(self.peak)
+
+    def during(self, phase: Phase) -> int:
+        """Bytes of a phase's own parts."""
+        return sum(part.size for part in self.parts if part.phase == phase)
+
+    @property
+    def missing(self) -> int:
+        """Bytes that are lacking for the peak and its margin; 0 where it fits."""
+        room = self.needed if self.available is None else int(self.available * (1 - MARGIN))
+        return max(0, self.needed - room)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak fits with the margin to spare."""
+        return self.missing == 0
+
+    def __str__(self) -> str:
+        """needs about 3.2 GB of 20 GB; 4,096 tokens a micro-batch"""
+        of = "" if self.available is None else f" of {gigabytes(self.available)}"
+        short = "" if self.fits else ", which may not be enough"
+        return f"needs about {gigabytes(self.needed)}{of}{short}; {self.tokens:,} tokens a micro-batch"
+
+
+def gigabytes(size: int) -> str:
+    """Bytes as people read them: 3.2 GB."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How long what is trained on can be, in tokens."""
+
+    sequence: int  # the longest prompt with its response
+    pair: int  # what the longest pair may take of a micro-batch
+    source: str  # where that comes from, for error messages
+
+
+def fitting(
+    config: Config,
+    about: PretrainedConfig,
+    device: torch.device,
+    lengths: Lengths,
+    free: int | None = None,
+    processes: int = 1,
+) -> Plan:
+    """The plan of a run, at the budget it names, or at the largest that fits where that is auto: half by half from what saturates.
+
+    ``about`` is the model's own configuration, ``free`` stands for what the device has. Where not even the smallest budget fits,
+    its plan is given. NotImplementedError where the model's code cannot be gone through without numbers.
+    """
+    free = available(device) if free is None else free
+    made = _planner(config, about, device, lengths, free, processes)
+    chosen = config.training.max_tokens_per_micro_batch
+    if chosen != "auto":
+        return made(chosen)
+    budget, least = saturated(device, lengths), max(LEAST, lengths.pair)
+    while not (planned := made(budget)).fits and budget > least:
+        budget = max(budget // 2, least)
+    return planned
+
+
+def with_budget(
+    config: Config,
+    about: PretrainedConfig,
+    device: torch.device,
+    prompts: Sequence[Prompt],
+    max_length: int,
+    say: Callable[[str], None],
+    world: World = ALONE,
+) -> Config:
+    """``config`` with the micro-batch that fits where it says auto, to be saved and resumed so; ``say`` is told of the plan.
+
+    ValueError where auto finds none that fits. A budget that somebody chose is never refused.
+    """
+    lengths = lengths_of(prompts, config.method, max_length)
+    auto, chosen = config.training.max_tokens_per_micro_batch == "auto", saturated(device, lengths)
+    try:
+        free = available(device)
+        if free is not None:  # processes on one machine share its memory, and all must come to one budget
+            free = world.least(free if device.type == "cuda" else free // world.size)
+        made = fitting(config, about, device, lengths, free, world.size)
+    except NotImplementedError as problem:
+        say(f"no plan of memory, since {problem}")
+    else:
+        say(str(made))
+        chosen = made.tokens
+        if auto and not made.fits:
+            raise ValueError(
+                f"{config.model.model_name_or_path or 'the model'} {made}, and a micro-batch must take {lengths.source}. Try "
+                "gradient_checkpointing, optim adamw_8bit or a smaller max_length (`sparring plan` says what takes how much); "
+                "a max_tokens_per_micro_batch of your own is tried without asking"
+            )
+    return replace(config, training=replace(config.training, max_tokens_per_micro_batch=chosen)) if auto else config
+
+
+def saturated(device: torch.device, lengths: Lengths) -> int:
+    """The budget beyond which a larger one is no faster, and at which the longest pair still goes in."""
+    return max(SATURATED.get(device.type, SATURATED["cpu"]), lengths.pair)
+
+
+def expected(config: Config, about: PretrainedConfig) -> Lengths:
+    """The greatest lengths that ``config`` lets through, whatever the data are."""
+    limit = getattr(about.get_text_config(), "max_position_embeddings", None) or config.data.max_length
+    longest = min(config.data.max_length, limit)
+    return lengths_of((), config.method, longest, longest)
+
+
+def lengths_of(prompts: Sequence[Prompt], method: Method, max_length: int, sequence: int = 0) -> Lengths:
+    """The lengths of ``prompts`` under ``method``; a response still to be written may fill ``max_length``."""
+    sides, rows, _ = asked(method, 2, max_length)
+    sizes = {p.id: [len(r.token_ids) for r in (p.human, p.rejected) if r] for p in prompts}
+    sequence = max((len(p.token_ids) + max(sizes[p.id], default=0) for p in prompts), default=sequence)
+    if sides == 1:
+        return Lengths(sequence, sequence, f"a longest sequence of {sequence} tokens")
+    if rows or not prompts:
+        return Lengths(sequence, 2 * max_length, f"pairs of up to two times max_length {max_length}")
+    pair, row = max((sides * len(p.token_ids) + sum(sizes[p.id]), p.id) for p in prompts)
+    return Lengths(sequence, pair, f"row {row}, whose pair has {pair} tokens")
+
+
+def _planner(
+    config: Config,
+    about: PretrainedConfig,
+    device: torch.device,
+    lengths: Lengths,
+    free: int | None,
+    processes: int,
+) -> Callable[[int], Plan]:
+    """The plan as a function of the budget; what does not depend on it is found once."""
+    method, training = config.method, config.training
+    cadence: Cadence = method.cadence(training.batch_size, 1)
+    sides, requests, longest = asked(method, lengths.sequence, config.data.max_length)
+    dtype = torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
+    kind = kind_for(device, config.model.attn_implementation)
+    shape = Shape(
+        about,
+        dtype,
+        device,
+        kind,
+        lengths.sequence,
+        sides,
+        training.gradient_checkpointing,
+        config.model.trust_remote_code,
+        config.adapter if config.adapter.use_peft else None,
+    )
+    model = skeleton(about, config.model.trust_remote_code)
+    shards = 1 if config.adapter.use_peft else processes
+    if config.adapter.use_peft:
+        model = adapted(model, config.adapter)
+    goes_first = training.precompute_ref_log_probs and reference_goes_first(method, cadence)
+    kept_reference = "none" if goes_first else cadence.reference
+    always = standing(model, training, replace(cadence, reference=kept_reference), dtype, shards)
+    if requests:
+        per_round = cadence.prompts_per_round
+        rows = config.generation.generation_batch_size
+        rows = rows if per_round is None else min(rows, requests * per_round * cadence.generate_ahead)
+        cache, peak = writing(replace(shape, longest=longest), rows)
+        always.append(Part("KV cache", cache, "writing", f"{rows} sequences of {longest:,} tokens"))
+        always.append(Part("writing", peak - cache, "writing", "prompts read, tokens drawn"))
+        if shards > 1:
+            whole = dtype.itemsize * sum(p.numel() for p in model.parameters())
+            always.append(Part("gathered weights", whole, "writing", "every process writes with all of them"))
+    gradients = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad) // shards
+    most = training.batch_size * sides * lengths.sequence  # tokens of an update
+
+    def made(budget: int) -> Plan:
+        row = min(budget, most)
+        found = passes(shape, row)
+        peak = found.later if most > budget else found.first
+        peak = max(peak, gradients + step_bytes(model, training, device) // shards)
+        kept = max(0, min(found.kept, peak - gradients))
+        how = "recomputed layer by layer" if training.gradient_checkpointing else "kept for the backward pass"
+        parts = [
+            Part("gradients", gradients, "update", "float32"),
+            Part("activations", kept, "update", f"of {row:,} tokens, {how}"),
+            Part("work", peak - gradients - kept, "update", "logits, and a layer or the optimizer at its largest"),
+        ]
+        if training.term_grad_norm_steps and terms(method) > 1:
+            note = f"two more, each {training.term_grad_norm_steps} updates (term_grad_norm_steps)"
+            parts.append(Part("terms' gradients", 2 * gradients, "update", note))
+        if cadence.reference != "none":
+            parts.append(Part("reference's pass", found.glance, "glance", f"of {row:,} tokens"))
+        return Plan((*always, *parts), budget, str(device), free)
+
+    return made
+
+
+def skeleton(about: PretrainedConfig, trust_remote_code: bool = False) -> Any:
+    """The model without numbers."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(copy.deepcopy(about), trust_remote_code=trust_remote_code)
+
+
+def standing(model: Any, training: TrainingConfig, cadence: Cadence, dtype: torch.dtype, shards: int = 1) -> list[Part]:
+    """What is there for as long as the run is; ``dtype`` is that of the computation, of which frozen weights are."""
+    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters()) - learning
+    short, moves = str(dtype).removeprefix("torch."), cadence.reference in ("ema", "policy")
+    sizes: list[tuple[str, int, str]] = []
+    if frozen:
+        sizes.append(("base", dtype.itemsize * frozen, f"{frozen / 1e6:,.1f} million, frozen, {short}"))
+    sizes.append(("adapter" if frozen else "weights", 4 * learning, f"{learning / 1e6:,.1f} million, float32"))
+    if dtype != torch.float32 and not frozen and shards == 1:
+        sizes.append(("working copy", dtype.itemsize * learning, short))
+    if cadence.ema_decay:
+        sizes.append(("EMA", 4 * learning, "float32"))
+    if cadence.reference != "none" and (moves or not frozen):
+        sizes.append(("reference", (4 if frozen else dtype.itemsize) * learning, "float32" if frozen else short))
+    sizes.append(("optimizer", state_bytes(model, training), training.optim))
+    each = f", of {shards} parts one" if shards > 1 else ""
+    return [Part(name, size // shards, "always", note + each) for name, size, note in sizes]

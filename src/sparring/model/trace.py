@@ -1,0 +1,274 @@
+"""What forward and backward passes take, found without computing them: the real model's own code on tensors without storage.
+
+PyTorch's fake tensors have shapes, types and devices, but no numbers. Every operation of a pass is seen as it makes its result,
+and a result's bytes count until autograd, the cache or the code lets it go, so what a layer needs for a moment is in the peak.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, PretrainedConfig
+
+from sparring.config import AdapterConfig, ModelConfig
+from sparring.data.packing import Group, Packed, Padded, pack, packed_size, pad
+from sparring.model.attention import ROWS, Kind, attending, inputs
+from sparring.model.head import CACHED, KEPT, WIDE, gradient
+from sparring.model.logps import padded_logps
+from sparring.model.policy import prepared
+from sparring.model.roles import checkpointing, serving
+from sparring.records import tokens
+
+STAND_IN = "sparring_stand_in"
+GROUPS = 4  # in the row that is gone through
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Bytes above the weights at the peak of passes over one micro-batch, gradients of weights included."""
+
+    kept: int  # what autograd has kept when the backbone's forward pass ends
+    first: int  # an update's first micro-batch, whose gradients come into being
+    later: int  # another one
+    glance: int  # without gradient, as the reference's
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the passes of a run are over."""
+
+    config: PretrainedConfig
+    dtype: torch.dtype
+    device: torch.device
+    kind: Kind
+    longest: int  # tokens of a prompt and its response
+    sides: int  # responses to a prompt
+    checkpointing: bool = False
+    trust_remote_code: bool = False
+    adapter: AdapterConfig | None = None
+
+    @property
+    def computes(self) -> Kind:
+        """Which attention is gone through: PyTorch's kernel on segments itself, else what :class:`_StandIn` says of ours."""
+        return "segments" if self.kind == "segments" and self.dtype == torch.float32 else "varlen"
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of what operations make, for as long as it lives, and their highest sum."""
+
+    def __init__(self, known: Sequence[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self.seen: weakref.WeakSet[Any] = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run ``func`` and count its results."""
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and (storage := leaf.untyped_storage()) not in self.seen:
+                self.seen.add(storage)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._gone, storage.nbytes())
+        return out
+
+    def _gone(self, size: int) -> None:
+        self.now -= size
+
+    def since(self) -> int:
+        """The peak since this was last asked."""
+        peak, self.peak = self.peak, self.now
+        return peak
+
+
+def passes(shape: Shape, budget: int) -> Passes:
+    """What passes over a micro-batch of ``budget`` tokens take; NotImplementedError where the model's code needs numbers."""
+    whole = _layout(shape, budget)
+    with _model(shape) as worker:
+        layout = _fake(whole)
+        if shape.kind != "dense":
+            _let_stand_in(worker, shape)
+        with Live([*worker.parameters(), *worker.buffers()]) as live, attending(worker, shape.computes):
+            with torch.no_grad():
+                _head(worker.eval(), _forward(shape, worker, layout), learns=False)
+            glance, peaks, kept = live.since(), [], 0
+            worker.train()
+            if shape.checkpointing:
+                checkpointing(worker)
+            for _ in range(2):
+                states = _forward(shape, worker, layout)
+                kept = kept or live.now
+                slope = _head(worker, states, learns=True)
+                torch.autograd.backward(states, slope)
+                del states, slope
+                peaks.append(live.since())
+    return Passes(kept, peaks[0], peaks[1], glance)
+
+
+def writing(shape: Shape, rows: int) -> tuple[int, int]:
+    """Bytes of the cache that generation fills for ``rows`` sequences at their longest, and its peak, the cache included."""
+    with _model(shape) as worker, torch.no_grad():
+        worker.eval()
+        ids = torch.zeros(rows, shape.longest - 1, dtype=torch.long)
+        mask = torch.ones(rows, shape.longest - 1, dtype=torch.long)
+        with Live([ids, mask, *worker.parameters(), *worker.buffers()]) as live:
+            cache = DynamicCache(config=worker.config)
+            for _ in range(2):
+                at = mask.cumsum(1)[:, -ids.shape[1] :] - 1
+                words = {"attention_mask": mask, "position_ids": at, "past_key_values": cache, "logits_to_keep": 1}
+                logits = worker(input_ids=ids, use_cache=True, **words).logits[:, -1].float()
+                logits.div(0.7).softmax(1)  # as tokens are drawn
+                del logits
+                ids, mask = ids[:, :1], torch.cat([mask, mask[:, :1]], 1)
+            del words, at, ids, mask
+            return live.now * 5 // 4, live.peak + live.now // 4  # the cache leaves itself room to grow
+
+
+@contextmanager
+def _model(shape: Shape) -> Iterator[Any]:
+    """The model that computes, on fake tensors; under bfloat16 with float32 masters that take its gradients."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # it would print what is raised, too
+    log.disabled = True
+    try:
+        with FakeTensorMode(), torch.device(shape.device):
+            made = AutoModelForCausalLM.from_config(
+                copy.deepcopy(shape.config),
+                dtype=shape.dtype,
+                attn_implementation="eager" if shape.kind == "dense" else "sdpa",
+                trust_remote_code=shape.trust_remote_code,
+            )
+            worker = prepared(made)
+            if shape.adapter is not None:
+                worker = adapted(worker, shape.adapter)
+            elif shape.dtype != torch.float32:
+                serving(worker, [torch.empty(p.shape, dtype=torch.float32) for p in worker.parameters()])
+            yield worker
+    except (RuntimeError, NotImplementedError, TypeError, AttributeError, KeyError) as problem:
+        words = str(problem).split("\n")[0]
+        raise NotImplementedError(
+            f"{shape.config.model_type} cannot be gone through without numbers: {words}"
+        ) from problem
+    finally:
+        log.disabled = False
+
+
+def adapted(model: Any, config: AdapterConfig) -> Any:
+    """``model`` with an adapter of ``config`` on it, its base frozen."""
+    from sparring.model.adapters import with_adapter
+
+    return with_adapter(model, config, None, ModelConfig(), 0).get_base_model()
+
+
+def _let_stand_in(worker: Any, shape: Shape) -> None:
+    keys = shape.longest if shape.kind == "segments" else 0
+    AttentionInterface.register(STAND_IN, partial(_attention, keys=keys))
+    for module in worker.modules():
+        if hasattr(module, "config"):
+            module.config._attn_implementation = STAND_IN
+
+
+def _forward(shape: Shape, worker: Any, layout: Any) -> Tensor:
+    """The final hidden states of the tokens that predict, [N, H]; in the dense layout the log-probs, [N]."""
+    if isinstance(layout, Padded):
+        return padded_logps(worker, layout)
+    words = inputs(worker, layout, shape.computes)
+    states: Tensor = worker.base_model(**words).last_hidden_state[0]
+    return states[layout.scored.predictors]
+
+
+def _head(worker: Any, states: Tensor, *, learns: bool) -> Tensor:
+    """What :class:`sparring.model.head.Head` makes of ``states``, block by block; its thousand small steps are not gone through."""
+    if states.ndim == 1:
+        return torch.empty_like(states)
+    weight = worker.get_output_embeddings().weight
+    room = KEPT.get(states.device.type, KEPT["cpu"]) // (len(weight) * states.element_size())
+    rows = max(1, min(len(states), room))
+    made = [states.new_empty(rows, len(weight))]
+    if states.dtype != torch.float32:
+        made.append(states.new_empty(CACHED.get(states.device.type, CACHED["cpu"]) // 4, dtype=torch.float32))
+    if learns and weight.requires_grad:
+        gradient(weight)
+        made += [states.new_empty(rows, states.shape[1], dtype=torch.float32) for _ in range(2)]
+        if states.dtype != torch.float32:
+            made.append(torch.empty_like(weight[:WIDE]))
+            if states.device.type == "cpu":  # whose kernels widen a whole operand before they take it off a float32
+                made.append(torch.empty_like(weight[:WIDE], dtype=torch.float32))
+    return torch.empty_like(states)
+
+
+def _layout(shape: Shape, budget: int) -> Packed | Padded:
+    """A micro-batch of ``budget`` tokens in a few groups: memory goes by tokens, however many groups they make up."""
+    cpu, sides, longest = torch.device("cpu"), shape.sides, shape.longest
+    if shape.kind == "dense":
+        return pad([_group(longest, sides)] * max(1, budget // (sides * longest)), 0, cpu)
+    share = shape.kind != "varlen"
+    size = packed_size(_group(longest, sides), share=share)
+    count = min(GROUPS, max(1, budget // size))
+    return pack([_group(max(2, budget * longest // (size * count)), sides)] * count, cpu, share=share)
+
+
+def _group(longest: int, sides: int) -> Group:
+    """A prompt and its responses, half of ``longest`` each, that share nothing."""
+    half = longest // 2
+    return Group(tokens([0] * (longest - half)), [tokens([side] * half) for side in range(sides)])
+
+
+def _fake(layout: Packed | Padded) -> Any:
+    """``layout`` with fake tensors."""
+
+    def faked(part: Any) -> Any:
+        tensors = {f.name: getattr(part, f.name) for f in fields(part)}
+        return replace(
+            part, **{name: torch.empty(t.shape, dtype=t.dtype) for name, t in tensors.items() if isinstance(t, Tensor)}
+        )
+
+    return replace(faked(layout), scored=faked(layout.scored))
+
+
+class _StandIn(torch.autograd.Function):
+    """What attention keeps and makes, in one step for each layer."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, keys: int) -> Tensor:
+        ctx.keys, out = keys, torch.empty_like(query)
+        if keys:
+            _scores(query, keys, 2)
+            ctx.save_for_backward(query, key, value)
+        else:
+            ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        query, key, value, *_ = ctx.saved_tensors
+        d_query = torch.empty_like(query)
+        d_key, d_value = (torch.empty_like(t, dtype=torch.float32 if ctx.keys else t.dtype) for t in (key, value))
+        if ctx.keys:
+            _scores(query, ctx.keys, 3)
+        return d_query, d_key.to(key.dtype), d_value.to(value.dtype), None
+
+
+def _scores(query: Tensor, keys: int, times: int) -> list[Tensor]:
+    return [query.new_empty(query.shape[1], min(ROWS, query.shape[2]), keys) for _ in range(times)]
+
+
+def _attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *, keys: int, **others: Any
+) -> tuple[Tensor, None]:
+    """[1, H, T, D] -> [1, T, H, D]; ``keys`` above 0: scores of so many at a time, as :class:`Blocks` has them, else none.
+
+    FlexAttention and FlashAttention keep query, key, value, the output and a float32 for each head and token.
+    """
+    return _StandIn.apply(query, key, value, keys).transpose(1, 2).contiguous(), None  # type: ignore[no-untyped-call]
