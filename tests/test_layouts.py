@@ -170,6 +170,10 @@ def test_what_a_group_shares_is_laid_out_once() -> None:
     for group in GROUPS:
         for share in (True, False):
             assert packed_size(group, share=share) == pack([group], CPU, share=share).input_ids.shape[1]
+    even = pack(GROUPS, CPU, even=True)
+    assert even.input_ids.shape == (1, 128)
+    assert even.segments[-1] == Segment(packed_total := sum(map(packed_size, GROUPS)), 128)
+    assert even.scored.predictors.max() < packed_total
     alone = pack(GROUPS, CPU, share=False)
     assert all(segment.parent == ROOT for segment in alone.segments)
     assert pad(GROUPS[:1], PAD, CPU).input_ids.tolist()[0] == [5, 6, 7, 10, 11, 12, 13, 2, PAD]

@@ -25,7 +25,7 @@ from sparring.model.parallel import local, together
 from sparring.model.roles import Roles, checkpointing
 from sparring.records import Pair
 
-BUDGET = 16384  # tokens of a micro-batch that nobody has chosen
+BUDGET = 4096  # tokens of a micro-batch that nobody has chosen
 Terms = Callable[[LogProbs], dict[str, Tensor]]
 
 

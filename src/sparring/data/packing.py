@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparring.records import Tokens
+from sparring.records import Tokens, tokens
 
 ROOT = -1  # the parent of a segment that has none
 
@@ -109,20 +109,24 @@ def padded_size(group: Group) -> int:
     return len(group.responses) * (len(group.prompt) + max(map(len, group.responses)))
 
 
-def pack(groups: Sequence[Group], device: torch.device, *, share: bool = True) -> Packed:
-    """``groups`` in one row; without ``share`` every response has its prompt to itself."""
+def pack(groups: Sequence[Group], device: torch.device, *, share: bool = True, even: bool = False) -> Packed:
+    """``groups`` in one row; without ``share`` every response has its prompt to itself.
+
+    ``even``: with a filler at the end that nothing looks at, so that rows come in few lengths and what is compiled for a length
+    is used again: eight of them in each octave, from 128 on.
+    """
     ids: list[Tokens] = []
     positions: list[Tensor] = []
     segments: list[Segment] = []
     marks = _Marks()
     place = 0
 
-    def put(tokens: Tokens, first: int, parent: int) -> None:
+    def put(piece: Tokens, first: int, parent: int) -> None:
         nonlocal place
-        ids.append(tokens)
-        positions.append(torch.arange(first, first + len(tokens)))
-        segments.append(Segment(place, place + len(tokens), parent))
-        place += len(tokens)
+        ids.append(piece)
+        positions.append(torch.arange(first, first + len(piece)))
+        segments.append(Segment(place, place + len(piece), parent))
+        place += len(piece)
 
     for group in groups:
         parts = [group.responses] if share else [[response] for response in group.responses]
@@ -143,7 +147,11 @@ def pack(groups: Sequence[Group], device: torch.device, *, share: bool = True) -
                 if len(own) > 1:
                     put(own[:-1], len(trunk), parent)
         marks.group()
-    row = torch.cat([torch.frombuffer(tokens, dtype=torch.int32).long() for tokens in ids])
+    if even:
+        step = max(128, (1 << (place.bit_length() - 1)) // 8)
+        if filler := -place % step:
+            put(tokens([0]) * filler, 0, ROOT)
+    row = torch.cat([torch.frombuffer(piece, dtype=torch.int32).long() for piece in ids])
     return Packed(row[None].to(device), torch.cat(positions)[None].to(device), segments, marks.scored(device))
 
 

@@ -18,6 +18,7 @@ from sparring.data.packing import ROOT, Packed, Segment
 
 Kind = Literal["segments", "flex", "varlen", "dense"]
 NAME = "sparring_segments"
+SHAPES = 64  # lengths of rows that FlexAttention is compiled for, before it would fall back to dense scores
 ROWS = 256  # queries in one block: keys after a block's end are never touched
 
 
@@ -42,7 +43,8 @@ def attending(model: Any, kind: Kind) -> Iterator[None]:
         for config in configs.values():
             config._attn_implementation = name
     try:
-        yield
+        with torch._dynamo.config.patch(recompile_limit=SHAPES) if kind == "flex" else contextlib.nullcontext():
+            yield
     finally:
         for i, config in configs.items():
             config._attn_implementation = before[i]
@@ -240,7 +242,8 @@ def _flex_masks(model: Any, packed: Packed) -> Any:
             inside: Tensor = ((own[q] == own[k]) & (k <= q)) | (before[q] == own[k])
             return inside if window is None else inside & (at[q] - at[k] < window)
 
-        return create_block_mask(sees, None, None, length, length, device=device)
+        # Compiled, the mask of every token against every other is never in memory.
+        return create_block_mask(sees, None, None, length, length, device=device, _compile=device.type == "cuda")
 
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)

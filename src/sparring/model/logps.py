@@ -78,7 +78,7 @@ class Scorer:
             hidden.backward(d_hidden)
 
     def _pack(self, groups: Sequence[Group]) -> Packed:
-        return pack(groups, self.device, share=self.kind != "varlen")
+        return pack(groups, self.device, share=self.kind != "varlen", even=self.kind == "flex")
 
     def _hidden(self, model: Any, packed: Packed) -> Tensor:
         """Final hidden states at the positions that predict the scored tokens, [N, H]."""
@@ -119,7 +119,9 @@ def checked(
         mine, theirs = scorer.sums(model, shortest, spans)[:, 1], dense.sums(model, shortest, spans)[:, 1]
         lengths = torch.tensor([len(r) for g in shortest for r in g.responses], device=device)
         error = float(((mine - theirs).abs() / lengths).max())
-    except (NotImplementedError, TypeError, AttributeError, KeyError, ValueError) as problem:
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, AttributeError, KeyError, ValueError) as problem:
         return dense, f"dense layout, since this model cannot be packed: {problem}"
     finally:
         model.train(was_training)
