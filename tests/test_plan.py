@@ -171,13 +171,17 @@ def test_where_nobody_knows_the_memory_auto_saturates_the_device(monkeypatch: py
 
 def test_the_longest_pair_of_the_data_by_hand() -> None:
     def row(number: int, *lengths: int) -> Prompt:
-        sides = [Response("", tokens([1] * length), "human") for length in lengths[1:]]
+        sides = [Response("", tokens([side] * length), "human") for side, length in enumerate(lengths[1:])]
         return Prompt(number, "", tokens([1] * lengths[0]), *sides)
 
     rows = [row(3, 10, 20, 30), row(7, 25, 5, 20)]
-    assert lengths_of(rows, method("dpo")(), 64) == Lengths(45, 75, "row 7, whose pair has 75 tokens")
-    assert lengths_of(rows, method("sft")(), 64).pair == 45
-    assert lengths_of(rows, method("sapo")(), 64).pair == 128
+    # the prompt once, and each response without its last token: 10 + 19 + 29, and 25 + 4 + 19
+    assert lengths_of(rows, method("dpo")(), 64) == Lengths(45, 58, "row 3, whose pair has 58 tokens")
+    assert lengths_of(rows, method("sft")(), 64).pair == 30
+    assert lengths_of(rows, method("sapo")(), 64).pair == 84  # the response of 20 beside one that fills max_length
+    config = resolve(method("dpo"), {"max_tokens_per_micro_batch": 57})
+    with pytest.raises(ValueError, match="max_tokens_per_micro_batch is 57, and it must take row 3, whose pair has 58 tokens"):
+        with_budget(config, tiny(), CPU, rows, 64, lambda text: None)
 
 
 def test_the_least_limit_of_a_control_group_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,15 +125,16 @@ class Learner:
         scorer = self.scorer(groups)
         sizes = [scorer.size(group) for group in groups]
         longest = max(range(len(pairs)), key=sizes.__getitem__)
-        if sizes[longest] > self.budget:
+        # No pair that fits packed is refused because its model has to be padded.
+        budget = max(self.budget, sizes[longest]) if scorer.kind == "dense" else self.budget
+        if sizes[longest] > budget:
             raise ValueError(
                 f"the pair of row {pairs[longest].prompt_id} takes {sizes[longest]} tokens, and max_tokens_per_micro_batch is "
-                f"{self.budget}: raise it, or lower max_length"
+                f"{budget}: raise it, or lower max_length"
             )
         shares = self.roles.world.deal(sizes)
         cuts = [
-            [[share[i] for i in batch] for batch in scorer.cut([groups[i] for i in share], self.budget)]
-            for share in shares
+            [[share[i] for i in batch] for batch in scorer.cut([groups[i] for i in share], budget)] for share in shares
         ]
         mine = cuts[self.roles.world.rank]
         return mine + [[]] * (max(map(len, cuts)) - len(mine))

@@ -5,7 +5,6 @@ Rows are in falling order of length, so rows that stand side by side need about 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -171,19 +170,3 @@ def column_attention(
 
 
 AttentionInterface.register(NAME, column_attention)
-
-
-@contextlib.contextmanager
-def attending_columns(model: Any) -> Iterator[None]:
-    """Let ``model`` attend by :func:`column_attention`."""
-    configs = {
-        id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")
-    }
-    before = {i: config._attn_implementation for i, config in configs.items()}
-    for config in configs.values():
-        config._attn_implementation = NAME
-    try:
-        yield
-    finally:
-        for i, config in configs.items():
-            config._attn_implementation = before[i]

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparring.actors.cache import Columns, Piece, Recorder, attending_columns
+from sparring.actors.cache import NAME, Columns, Piece, Recorder
 from sparring.actors.sampling import choose
 from sparring.data.packing import Group, pack
 from sparring.methods.base import Request, Sampling
-from sparring.model.attention import Kind, attending, inputs
+from sparring.model.attention import Kind, attending, implementing, inputs
 from sparring.records import Tokens, tokens
 
 READ = 8192  # tokens of prompts in one forward pass, unless one prompt has more
@@ -90,7 +90,7 @@ class Batch:
 
     def _go_on(self, batch: Sequence[Row], columns: Columns) -> None:
         """Write on until it pays to put the batch together anew."""
-        with attending_columns(self.model):
+        with implementing(self.model, NAME):
             going = len(batch)
             while going and not columns.full and (len(batch) - going) * GONE < len(batch):
                 logits = step(self.model, columns, [row.ids[-1] for row in batch], [row.going for row in batch])
@@ -138,7 +138,7 @@ def can_pack(model: Any, kind: Kind) -> bool:
         first, pieces = read(model, kind, [tokens(prompt) for prompt in prompts], device)
         found = [first[[0, 2]]]
         order = [0, 2, 1]
-        with attending_columns(model):
+        with implementing(model, NAME):
             columns = Columns([pieces[row] for row in order], None, 1)
             found.append(step(model, columns, [more[0]] * 3, [True] * 3)[:2])
             columns = Columns([0, 1], columns, 1)

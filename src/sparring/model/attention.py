@@ -34,17 +34,23 @@ def kind_for(device: torch.device, attn_implementation: str) -> Kind:
 @contextlib.contextmanager
 def attending(model: Any, kind: Kind) -> Iterator[None]:
     """Let ``model`` attend as ``kind`` says, for forward and backward passes over packed rows."""
-    name = {"segments": NAME, "flex": "flex_attention"}.get(kind)
+    names = {"segments": NAME, "flex": "flex_attention"}
+    compiled = torch._dynamo.config.patch(recompile_limit=SHAPES) if kind == "flex" else contextlib.nullcontext()
+    with compiled, implementing(model, names[kind]) if kind in names else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def implementing(model: Any, name: str) -> Iterator[None]:
+    """Let ``model`` attend by the function that transformers knows as ``name``."""
     configs = {
         id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")
     }
     before = {i: config._attn_implementation for i, config in configs.items()}
-    if name is not None:
-        for config in configs.values():
-            config._attn_implementation = name
+    for config in configs.values():
+        config._attn_implementation = name
     try:
-        with torch._dynamo.config.patch(recompile_limit=SHAPES) if kind == "flex" else contextlib.nullcontext():
-            yield
+        yield
     finally:
         for i, config in configs.items():
             config._attn_implementation = before[i]

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from sparring.config import Config, TrainingConfig
+from sparring.data.packing import Group, packed_size
 from sparring.methods.base import Cadence, Method, reference_goes_first
 from sparring.model.attention import kind_for
 from sparring.model.dry import asked, terms
@@ -131,10 +132,16 @@ def with_budget(
 ) -> Config:
     """``config`` with the micro-batch that fits where it says auto, to be saved and resumed so; ``say`` is told of the plan.
 
-    ValueError where auto finds none that fits. A budget that somebody chose is never refused.
+    ValueError where auto finds none that fits, or the longest pair does not go into the budget that somebody chose; for memory's
+    sake that is never refused.
     """
     lengths = lengths_of(prompts, config.method, max_length)
-    auto, chosen = config.training.max_tokens_per_micro_batch == "auto", saturated(device, lengths)
+    budget, chosen = config.training.max_tokens_per_micro_batch, saturated(device, lengths)
+    auto = budget == "auto"
+    if budget != "auto" and budget < lengths.pair:
+        raise ValueError(
+            f"max_tokens_per_micro_batch is {budget}, and it must take {lengths.source}: raise it, or lower max_length"
+        )
     try:
         free = available(device)
         if free is not None:  # processes on one machine share its memory, and all must come to one budget
@@ -168,14 +175,19 @@ def expected(config: Config, about: PretrainedConfig) -> Lengths:
 
 def lengths_of(prompts: Sequence[Prompt], method: Method, max_length: int, sequence: int = 0) -> Lengths:
     """The lengths of ``prompts`` under ``method``; a response still to be written may fill ``max_length``."""
-    sides, rows, _ = asked(method, 2, max_length)
-    sizes = {p.id: [len(r.token_ids) for r in (p.human, p.rejected) if r] for p in prompts}
-    sequence = max((len(p.token_ids) + max(sizes[p.id], default=0) for p in prompts), default=sequence)
+    sides, writes, _ = asked(method, 2, max_length)
+    known = {p.id: [r.token_ids for r in (p.human, p.rejected) if r][:sides] for p in prompts}
+    sequence = max((len(p.token_ids) + max(map(len, known[p.id]), default=0) for p in prompts), default=sequence)
+    if not prompts and sides > 1:
+        return Lengths(sequence, 2 * max_length, f"pairs of up to two times max_length {max_length}")
     if sides == 1:
         return Lengths(sequence, sequence, f"a longest sequence of {sequence} tokens")
-    if rows or not prompts:
-        return Lengths(sequence, 2 * max_length, f"pairs of up to two times max_length {max_length}")
-    pair, row = max((sides * len(p.token_ids) + sum(sizes[p.id]), p.id) for p in prompts)
+    if writes:
+        pair, row = max((sum(map(len, known[p.id][:1])) + max_length, p.id) for p in prompts)
+        return Lengths(
+            sequence, pair, f"row {row}, whose pair may have {pair} tokens, the one to be written up to max_length"
+        )
+    pair, row = max((packed_size(Group(p.token_ids, known[p.id])), p.id) for p in prompts)
     return Lengths(sequence, pair, f"row {row}, whose pair has {pair} tokens")
 
 
