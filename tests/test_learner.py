@@ -270,6 +270,19 @@ def test_without_a_reference_rewards_are_beta_times_the_token_mean_log_prob() ->
     assert metrics["rewards/chosen"] == pytest.approx(2.0 * sum(means) / 4, rel=1e-4)
 
 
+def test_kto_s_mismatched_responses_are_cut_to_the_update_s_longest_sequence() -> None:
+    pairs = [pair([5] * 6, [10, 2], [11, 2]), pair([6], [12, 13, 14, 15, 2], [16, 2])]
+    model, reference = tiny_llama(max_position_embeddings=8), tiny_llama(seed=1)
+    mine = float(learner(KTO(), model, reference)._mismatched_kl(pairs))
+    rows = [
+        (pairs[0].prompt_token_ids, [12, 13]),
+        (pairs[1].prompt_token_ids, [10, 2]),
+    ]  # 6 + 5 would be 11, and 8 is longest
+    with torch.no_grad():
+        ratios = [float(dense_logps(model, *row).sum() - dense_logps(reference, *row).sum()) for row in rows]
+    assert mine == pytest.approx(sum(ratios) / 2, rel=1e-4)
+
+
 def test_kto_s_loss_by_hand_with_its_baseline() -> None:
     model, reference = tiny_llama(), tiny_llama(seed=1)
     with torch.no_grad():

@@ -180,7 +180,9 @@ def test_the_longest_pair_of_the_data_by_hand() -> None:
     assert lengths_of(rows, method("sft")(), 64).pair == 30
     assert lengths_of(rows, method("sapo")(), 64).pair == 84  # the response of 20 beside one that fills max_length
     config = resolve(method("dpo"), {"max_tokens_per_micro_batch": 57})
-    with pytest.raises(ValueError, match="max_tokens_per_micro_batch is 57, and it must take row 3, whose pair has 58 tokens"):
+    with pytest.raises(
+        ValueError, match="max_tokens_per_micro_batch is 57, and it must take row 3, whose pair has 58 tokens"
+    ):
         with_budget(config, tiny(), CPU, rows, 64, lambda text: None)
 
 

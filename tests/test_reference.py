@@ -106,5 +106,28 @@ def test_the_key_holds_spans_and_tokens(cache: Path) -> None:
     assert len(keys) == 6
 
 
+def test_what_the_weights_do_not_say_is_in_the_key(cache: Path) -> None:
+    keys = set()
+    for base in (1e4, 1e6):
+        made = learner(DPO(), tiny_llama(rope_parameters={"rope_type": "default", "rope_theta": base}), tiny_llama())
+        keys.add(reference._key(made, PAIRS, "the same weights"))
+    assert len(keys) == 2
+
+
+def test_a_reference_that_has_left_is_not_replaced_by_the_policy(cache: Path) -> None:
+    made = learner(DPO(), tiny_llama())
+    made.sealed = True
+    with pytest.raises(ValueError, match="log-probs of 3 pairs are lost"):
+        made.update(PAIRS, 5)
+
+
+def test_a_cache_that_cannot_be_written_is_said_and_does_not_end_the_run(
+    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SPARRING_CACHE", str(tmp_path / "file"))
+    assert len(run(inputs, tmp_path / "run")) == 8
+
+
 def _fields(record: Any) -> dict[str, Any]:
     return {name: getattr(record, name) for name in record.__slots__}

@@ -14,6 +14,7 @@ import pytest
 from toyrun import toy_folder, write_pairs, write_rows
 
 from sparring import checkpoint
+from sparring.methods.sapo import SAPO
 from sparring.run import resume, train
 
 COMMON = {
@@ -179,3 +180,21 @@ def _lines(folder: Path) -> list[dict[str, float]]:
 os.environ.setdefault(
     "PYTHONPATH", str(Path(__file__).parents[1] / "src")
 )  # for the subprocesses, where it is not installed
+
+
+def test_a_checkpoint_that_lacks_a_file_is_refused(tmp_path: Path) -> None:
+    model, rows = toy_folder(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl", 8)
+    keys = {**COMMON, "max_steps": 8, "save_steps": 4}
+    train(
+        SAPO,
+        model_name_or_path=str(model),
+        dataset_name=str(rows),
+        output_dir=str(tmp_path / "run"),
+        quiet=True,
+        **keys,
+    )
+    shutil.rmtree(tmp_path / "run" / "model")
+    last = checkpoint.found(tmp_path / "run" / "checkpoints")[-1]
+    (last / "ema.0-of-1.safetensors").rename(last / "ema.0-of-2.safetensors")
+    with pytest.raises(ValueError, match="has 1 files of ema, and not all there have to be"):
+        resume(tmp_path / "run", quiet=True)

@@ -28,12 +28,14 @@ CASES: dict[str, dict[str, Any]] = {
     "untied, checkpointed": {"tied": False, "gradient_checkpointing": True},
     "bf16": {"dtype": torch.bfloat16},
     "lora": {"lora": True},
+    "one pair": {"pairs": PAIRS[:1]},
 }
 METHODS = {"dpo": DPO(), "sapo": SAPO(loss_type="orpo")}
 
 
 def play(name: str, world: World, dtype: torch.dtype = torch.float32, **keys: Any) -> dict[str, torch.Tensor]:
     """Four updates with an EMA and a reference that moves; every role's weights, and the figures of the updates."""
+    pairs = keys.pop("pairs", PAIRS)
     shape = {"num_key_value_heads": 1, "tie_word_embeddings": keys.pop("tied", True)}
     parts: dict[str, Any] = {"ema_decay": 0.5, "reference": True, "dtype": dtype, "world": world}
     if keys.pop("lora", False):
@@ -47,7 +49,7 @@ def play(name: str, world: World, dtype: torch.dtype = torch.float32, **keys: An
     made = Learner(roles, METHODS[name], config, pad_id=PAD, total_steps=10)
     figures = []
     for step in range(4):
-        metrics = made.update(PAIRS, step)
+        metrics = made.update(pairs, step)
         figures.append([metrics[key] for key in ("loss", "grad_norm", "logps/chosen", "rewards/margins")])
         roles.step_ema()
         if step == 1:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sparring.buffer import Buffer
 from sparring.data import parquet
+from sparring.model.attention import Kind
 from sparring.model.optim import load_state_tensors, state_tensors
 from sparring.model.parallel import World, local
 from sparring.model.roles import Roles
@@ -37,6 +38,8 @@ class Counters:
     rollbacks: int = 0
     metrics_bytes: int = 0  # length of metrics.jsonl
     waiting: list[dict[str, Any]] = field(default_factory=list)  # what rounds generated ahead counted
+    begun: int = -1  # the round whose pairs are in the buffer
+    layout: Kind | None = None  # how log-probs are computed
     monitor: dict[str, Any] = field(default_factory=dict)
 
 
@@ -92,8 +95,8 @@ def load(path: Path, state: TrainState) -> None:
     """Become the state of a checkpoint, which as many processes as may be have written; roles it does not hold stay as they are."""
     world = state.roles.divided
     for role, model in state.roles.kept().items():
-        if tensors := _read(path, role, world):
-            _load_weights(model, tensors)
+        if role != "reference" or any(path.glob(f"{role}.*")):  # a frozen one is the start, and is not there
+            _load_weights(model, _read(path, role, world))
     state.roles.sync()
     state.roles.known.clear()
     if (file := path / "reference_logps.safetensors").exists():
@@ -133,7 +136,7 @@ def _write(part: Path, name: str, tensors: dict[str, Tensor], roles: Roles) -> N
 
 
 def _read(path: Path, name: str, world: World) -> dict[str, Tensor]:
-    """This process's rows of ``name``'s tensors, from however many parts; none where there are no such files.
+    """This process's rows of ``name``'s tensors, from however many parts; ValueError where one is missing.
 
     A tensor that is no part of a larger one (a step's number) is the same in all files.
     """
@@ -141,9 +144,12 @@ def _read(path: Path, name: str, world: World) -> dict[str, Tensor]:
         files = sorted(
             path.glob(f"{name}.*-of-*.safetensors"), key=lambda file: int(file.name.split(".")[-2].split("-")[0])
         )
+        if not files or len(files) != int(files[0].name.split(".")[-2].split("-")[-1]):
+            raise ValueError(
+                f"the checkpoint {path} has {len(files)} files of {name}, and not all there have to be: remove it, and an earlier "
+                "one is taken"
+            )
         parts = [opened.enter_context(safe_open(file, "pt")) for file in files]
-        if not parts:
-            return {}
         keys: list[str] = list(parts[0].keys())
         if len(parts) == world.size:
             return {key: parts[world.rank].get_tensor(key) for key in keys}

@@ -18,7 +18,7 @@ from sparring.config import TrainingConfig
 from sparring.data.packing import Group
 from sparring.methods.base import LogProbs, Method
 from sparring.metrics import Tally, describe
-from sparring.model.attention import kind_for
+from sparring.model.attention import Kind, kind_for
 from sparring.model.logps import Scorer, checked
 from sparring.model.optim import learning_rate, make_optimizers
 from sparring.model.parallel import local, together
@@ -49,6 +49,10 @@ class Learner:
         self.weights = [p for p in roles.policy.parameters() if p.requires_grad]
         self.optimizers = make_optimizers(roles.policy, config)
         self.compares = method.cadence(1, 1).reference != "none"
+        self.sealed = False  # the reference has left memory, and what it said is all there is
+        self.layout: Kind | None = (
+            None  # how log-probs are computed; found out on the first pairs, or known from before
+        )
         self._scorer: Scorer | None = None
         roles.worker.train()
         if config.gradient_checkpointing:
@@ -99,29 +103,39 @@ class Learner:
         if not self.compares:
             return found
         asked = [i for i, pair in enumerate(pairs) if pair.serial not in known]
+        if asked and self.sealed:
+            raise ValueError(
+                f"the reference's log-probs of {len(asked)} pairs are lost, and it has left memory: resume from a whole checkpoint"
+            )
         if asked:
             with self.roles.playing("reference") as model:
                 found[asked] = self._scored(model, [pairs[i] for i in asked])[:, :, 0]
-        for i, pair in enumerate(pairs):
+        held = found.cpu()
+        for row, pair in zip(held, pairs, strict=True):
             if pair.serial in known:
-                found[i] = known[pair.serial].to(self.device)
-            elif pair.serial >= 0:
-                known[pair.serial] = found[i].cpu()
-        return found
+                row.copy_(known[pair.serial])
+            elif pair.serial >= 0 and bool(row.isfinite().all()):
+                known[pair.serial] = row.clone()
+        return held.to(self.device)
 
     def scorer(self, groups: Sequence[Group]) -> Scorer:
         """How this model's log-probs are computed; found out on the first ``groups`` there are."""
+        if self._scorer is None and self.layout is not None:
+            self._scorer = Scorer(self.layout, self.pad_id, self.device)
         if self._scorer is None:
             kind = kind_for(self.device, self.roles.policy.config._attn_implementation)
             with together(self.roles.worker):
                 parts = self.roles.worker, groups, self.pad_id, self.device, self.roles.dtype
                 self._scorer, words = checked(kind, *parts)
+            if self.roles.world.any(self._scorer.kind == "dense"):  # all processes have to make the same passes
+                self._scorer = Scorer("dense", self.pad_id, self.device)
+            self.layout = self._scorer.kind
             self._say(words)
         return self._scorer
 
     def _turns(self, pairs: Sequence[Pair]) -> list[list[int]]:
         """This process's micro-batches, as places among ``pairs``; empty ones where another process has more of them."""
-        groups = list(map(_group, pairs))
+        groups = list(map(group_of, pairs))
         scorer = self.scorer(groups)
         sizes = [scorer.size(group) for group in groups]
         longest = max(range(len(pairs)), key=sizes.__getitem__)
@@ -143,8 +157,8 @@ class Learner:
         """Log-probs summed over each response's scored span and over all of it, [P, sides, 2], without gradient."""
         table = torch.zeros(len(pairs), _sides(pairs), 2, device=self.device)
         for places in self._turns(pairs):
-            mine = [pairs[i] for i in places or [0]]
-            groups = list(map(_group, mine))
+            mine = [pairs[i] for i in places or [_shortest(pairs)]]
+            groups = list(map(group_of, mine))
             sums = self.scorer(groups).sums(model, groups, self._spans(mine))
             if places:
                 table[places] = sums.view(len(places), -1, 2)
@@ -155,21 +169,20 @@ class Learner:
     ) -> tuple[LogProbs, dict[str, float]]:
         """Add the gradient of the mean loss to the weights'; the log-probs it was made of, and its terms."""
         mean_tokens = sum(len(p.chosen.token_ids) for p in pairs) / len(pairs)
-        tally = Tally(len(pairs), self.device)
+        tally, idle = Tally(len(pairs), self.device), _shortest(pairs)
+        share = self.roles.divided.size / len(pairs)  # sharded weights' gradients are averaged over processes
 
         def loss_of(places: list[int], first: int, last: int, sums: Tensor) -> Tensor:
-            part = places[first:last]
-            if not part:
-                return 0.0 * sums.sum()
+            part = places[first:last] or [idle]
             table = sums.view(len(part), -1, 2)
             logps = self._log_probs([pairs[i] for i in part], table, reference[part], mean_tokens, kl)
             values = terms(logps)
-            tally.add(part, logps, values)
-            return sum(values.values(), torch.zeros_like(logps.chosen)).sum() / len(pairs)
+            tally.add(places[first:last], logps, values)
+            return share * sum(values.values(), torch.zeros_like(logps.chosen)).sum() if places else 0.0 * sums.sum()
 
         for places in self._turns(pairs):
-            mine = [pairs[i] for i in places or [0]]
-            groups = list(map(_group, mine))
+            mine = [pairs[i] for i in places or [idle]]
+            groups = list(map(group_of, mine))
             self.scorer(groups).backward(self.roles.worker, groups, self._spans(mine), partial(loss_of, places))
         if self.roles.divided is not self.roles.world:  # sharded weights' gradients were added up on the way
             for p in self.weights:
@@ -221,11 +234,14 @@ class Learner:
         )
 
     def _mismatched_kl(self, pairs: Sequence[Pair]) -> Tensor:
-        """KTO's z0 before its clamp: mean log-ratio of each prompt with the next pair's chosen response (2402.01306, sec. 4.1)."""
-        others = [
-            replace(p, chosen=q.chosen, chosen_scored=q.chosen.whole, rejected=None)
-            for p, q in zip(pairs, [*pairs[1:], pairs[0]], strict=True)
-        ]
+        """KTO's z0 before its clamp: mean log-ratio of each prompt with the next pair's chosen response (2402.01306, sec. 4.1).
+
+        Responses are cut where the two would be longer than the update's longest sequence.
+        """
+        longest, others = max(pair.length for pair in pairs), []
+        for p, q in zip(pairs, [*pairs[1:], pairs[0]], strict=True):
+            cut = replace(q.chosen, token_ids=q.chosen.token_ids[: longest - len(p.prompt_token_ids)])
+            others.append(replace(p, chosen=cut, chosen_scored=cut.whole, rejected=None))
         with self.roles.playing("policy") as policy:
             ours = self._scored(policy, others)[:, 0, 1]
         with self.roles.playing("reference") as reference:
@@ -257,9 +273,14 @@ class Learner:
             part.grad = None
 
 
-def _group(pair: Pair) -> Group:
+def group_of(pair: Pair) -> Group:
+    """A pair's prompt and responses, as they are laid out."""
     sides = (pair.chosen, pair.rejected)
     return Group(pair.prompt_token_ids, [side.token_ids for side in sides if side is not None])
+
+
+def _shortest(pairs: Sequence[Pair]) -> int:
+    return min(range(len(pairs)), key=lambda i: pairs[i].length)
 
 
 def _sides(pairs: Sequence[Pair]) -> int:

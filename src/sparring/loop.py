@@ -52,7 +52,7 @@ def play(
     now, buffer, roles = state.counters, state.buffer, state.roles
     barren = 0
     while now.step < total_steps:
-        if now.updates_in_round == 0:
+        if now.begun != now.round or not buffer:
             groups = [] if now.waiting else _prepare(state, method, cadence, context, prompts)
             counted = now.waiting.pop(0)
             pairs = [pair for pair in state.ahead if pair.round == now.round]
@@ -60,6 +60,7 @@ def play(
             if cadence.buffer_size == 0:
                 buffer.keep(0)
             buffer.add(pairs)
+            now.begun = now.round
             yield Round(now.round, groups, pairs, Counter(counted["dropped"]), counted["lengths"])
             if not buffer:
                 barren += 1

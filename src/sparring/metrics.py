@@ -47,14 +47,15 @@ class Tally:
         self._columns: dict[str, Tensor] = {}
 
     def add(self, places: Sequence[int], logps: LogProbs, terms: dict[str, Tensor]) -> None:
-        """Those of the pairs at ``places``."""
+        """Those of the pairs at ``places``; without places, only what there is to know of each pair."""
         values = {f"logps {name}": getattr(logps, name) for name in COLUMNS} | {
             f"term {n}": t for n, t in terms.items()
         }
         for name, value in values.items():
             if name not in self._columns:
                 self._columns[name] = torch.zeros(self._count, dtype=torch.float32, device=self._device)
-            self._columns[name][list(places)] = value.detach().float()
+            if places:
+                self._columns[name][list(places)] = value.detach().float()
 
     def close(self, world: World, mean_tokens: float, kl: Tensor) -> tuple[LogProbs, dict[str, float]]:
         """The whole update's log-probs, in the order of its pairs, and each term's mean over them; the same in all processes."""

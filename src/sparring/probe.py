@@ -62,6 +62,11 @@ class Probe:
     def _logps(self, rows: Sequence[dict[str, list[int]]]) -> Tensor:
         """Log-probs of all response tokens, one after the other, float64."""
         groups = [Group(tokens(row["prompt"]), [tokens(row["response"])]) for row in rows]
+        scorer = self.learner.scorer(groups)
+        budget = max(self.learner.budget, *map(scorer.size, groups))
+        found: dict[int, Tensor] = {}
         with self.learner.roles.playing("policy") as model:
-            logps, _ = self.learner.scorer(groups).token_logps(model, groups)
-        return logps.double().cpu()
+            for places in scorer.cut(groups, budget):
+                logps, layout = scorer.token_logps(model, [groups[i] for i in places])
+                found |= zip(places, logps.double().cpu().tensor_split(layout.scored.token_bounds[1:-1]), strict=True)
+        return torch.cat([found[i] for i in range(len(groups))])

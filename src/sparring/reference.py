@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from sparring.journal import versions
-from sparring.learner import Learner
+from sparring.learner import Learner, group_of
 from sparring.progress import Bars
 from sparring.records import Pair
 
@@ -20,6 +21,8 @@ CHUNK = 512  # pairs between two moves of the bar
 
 def compute(learner: Learner, pairs: Sequence[Pair], start_fingerprint: str, bars: Bars) -> None:
     """Let ``learner`` know the reference's log-probs of ``pairs``, from the disk where an earlier run left them."""
+    if not pairs:
+        return
     file = folder() / f"{_key(learner, pairs, start_fingerprint)}.safetensors"
     world = learner.roles.world
     if not world.any(not file.is_file()):
@@ -33,11 +36,14 @@ def compute(learner: Learner, pairs: Sequence[Pair], start_fingerprint: str, bar
             some = [pairs[i] for i in order[start : start + CHUNK]]
             learner.reference_sums(some)
             tick(len(some))
-    if world.main:
+    if world.main and all(pair.serial in learner.roles.known for pair in pairs):
         part = file.with_name(f"{file.name}.{os.getpid()}.part")
-        part.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"logps": torch.stack([learner.roles.known[pair.serial] for pair in pairs])}, part)
-        part.replace(file)
+        try:
+            part.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"logps": torch.stack([learner.roles.known[pair.serial] for pair in pairs])}, part)
+            part.replace(file)
+        except (OSError, SafetensorError) as problem:  # this run knows them, and later ones compute them anew
+            bars.say(f"the reference's log-probs could not be kept for later runs: {problem}", "yellow")
 
 
 def folder() -> Path:
@@ -49,8 +55,16 @@ def folder() -> Path:
 def _key(learner: Learner, pairs: Sequence[Pair], start_fingerprint: str) -> str:
     """A digest of all that the numbers depend on; the tokens hold tokenizer, template, lengths and data."""
     digest = hashlib.blake2b(digest_size=16)
-    about = (start_fingerprint, learner.roles.dtype, learner.device.type, learner.budget, learner.roles.world.size)
-    digest.update(repr((*about, versions(), learner.roles.policy.config._attn_implementation)).encode())
+    layout = learner.scorer([group_of(pair) for pair in pairs[:8]]).kind
+    about = (
+        start_fingerprint,
+        learner.roles.dtype,
+        learner.device.type,
+        learner.budget,
+        learner.roles.world.size,
+        layout,
+    )
+    digest.update(repr((*about, versions(), learner.roles.described())).encode())
     for pair in pairs:
         sides = [side.token_ids for side in (pair.chosen, pair.rejected) if side is not None]
         digest.update(

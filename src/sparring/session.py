@@ -25,7 +25,7 @@ from sparring.learner import Learner
 from sparring.loop import Round, Update, play
 from sparring.methods.base import Context, Method, Writer, reference_goes_first
 from sparring.model import policy
-from sparring.model.parallel import ALONE, World, whole
+from sparring.model.parallel import ALONE, World, lost, whole
 from sparring.model.plan import with_budget
 from sparring.model.roles import Role
 from sparring.model.start import load_start, make_roles
@@ -68,26 +68,27 @@ class Session:
             self.dtype_shipped = torch.float32  # what learns is the adapter, and it is shipped as it learned
         about = policy.configuration(config.model) if model is None else model.config
         self.max_length = policy.room(about, self.prompts, config.data.max_length)
-        self.config = config = with_budget(config, about, device, self.prompts, self.max_length, self._say, world)
-        start = load_start(config, device, model, world)
-        policy.check_vocabulary(self.chat.tokenizer, start)
-
         training = config.training
         self.updates_per_epoch = math.ceil(len(self.prompts) / training.batch_size)
         wanted = math.ceil(training.num_train_epochs * self.updates_per_epoch)
         self.total_steps = training.max_steps if training.max_steps > 0 else wanted
         self.cadence = self.method.cadence(training.batch_size, self.updates_per_epoch)
+        first = reference_goes_first(
+            self.method, self.cadence, self.total_steps * training.batch_size, len(self.prompts)
+        )
+        self.reference_first = first = first and training.precompute_ref_log_probs
+        parts = about, device, self.prompts, self.max_length, self._say, world
+        self.config = config = with_budget(config, *parts, reference_first=first)
+        start = load_start(config, device, model, world)
+        policy.check_vocabulary(self.chat.tokenizer, start)
         self.about = {
             "start_fingerprint": world.told(policy.fingerprint(start) if world.main else ""),
             "data_fingerprint": digest(self.prompts),
         }
-        wanted = training.precompute_ref_log_probs
-        used = self.total_steps * training.batch_size
-        self.reference_first = wanted and reference_goes_first(self.method, self.cadence, used, len(self.prompts))
         kept = "none" if self.reference_first else self.cadence.reference
         roles = make_roles(config, start, self.cadence.ema_decay, kept, say=self._say, world=world, device=device)
         self.learner = Learner(
-            roles, self.method, training, pad_id=self.chat.pad_id, total_steps=self.total_steps, say=self._say
+            roles, self.method, config.training, pad_id=self.chat.pad_id, total_steps=self.total_steps, say=self._say
         )
         buffer = Buffer(self.cadence.buffer_size or None, self.cadence.draw)
         self.state = TrainState(roles, self.learner.optimizers, buffer)
@@ -127,10 +128,12 @@ class Session:
 
     def restore(self) -> None:
         """Become the last checkpoint, or the start where there is none, and take back what was written after it."""
-        whole = checkpoint.found(self.journal.checkpoints)
-        if whole:
-            checkpoint.load(whole[-1], self.state)
+        found = checkpoint.found(self.journal.checkpoints)
+        last = self.world.told(found[-1].name if found else "")
+        if last:
+            checkpoint.load(self.journal.checkpoints / last, self.state)
         now = self.state.counters
+        self.learner.layout, self.learner.sealed = now.layout, self.reference_first and now.step > 0
         self.monitor.memory = now.monitor
         self.journal.rewind(now.metrics_bytes, now.step)
         self.bars.say(f"goes on from update {now.step} of {self.total_steps}", "dim")
@@ -143,19 +146,19 @@ class Session:
             with asked_to_stop() as asked, self._bar() as self.tick:
                 while outcome is None:
                     outcome = self._play(asked)
+            if outcome.state == "finished":
+                self._write_result()
         except OSError as problem:
             words = f"{problem}. Mend it (is the disk full?), then `sparring resume {folder}` goes on"
             self._fail(words)
             raise OSError(words) from problem
         except (ValueError, RuntimeError) as problem:
-            if self.world.size == 1 or isinstance(problem, ValueError):
+            if not lost(problem):
                 self._fail(str(problem))
                 raise
             words = f"{problem}. Another process may have ended: its output says why. `resume {folder}` in all of them goes on"
             self._fail(words)
             raise ConnectionError(words) from problem
-        if outcome.state == "finished":
-            self._write_result()
         self.journal.status(outcome.state, self.state.counters.step, self.total_steps, outcome.message)
         return outcome
 
@@ -169,6 +172,7 @@ class Session:
             if isinstance(event, Round):
                 if self.reference_first and now.step == 0:
                     reference.compute(self.learner, self.state.buffer.pairs, self.about["start_fingerprint"], self.bars)
+                    self.learner.sealed = True
                 news = self._log_round(event)
             else:
                 news = self._log_update(event, time.perf_counter() - began)
@@ -182,8 +186,9 @@ class Session:
                     self._save()
             for text in news:
                 self.bars.say(f"alarm at update {now.step}: {text}", "bold yellow")
-            if news and self.config.monitor.on_alarm != "warn":
-                can = now.rollbacks < ROLLBACKS and checkpoint.found(self.journal.checkpoints)
+            if self.world.any(bool(news)) and self.config.monitor.on_alarm != "warn":
+                news = news or ["an alarm in another process"]
+                can = now.rollbacks < ROLLBACKS and self.world.any(bool(checkpoint.found(self.journal.checkpoints)))
                 if self.config.monitor.on_alarm == "rollback" and can:
                     self._roll_back(news)
                     return None
@@ -216,7 +221,7 @@ class Session:
 
     def _save(self) -> None:
         now = self.state.counters
-        now.metrics_bytes = self.journal.length()
+        now.metrics_bytes, now.layout = self.journal.length(), self.learner.layout
         frozen = self.cadence.reference == "initial"
         keep = self.config.run.save_total_limit
         checkpoint.save(self.journal.checkpoints, self.state, keep=keep, frozen_reference=frozen)

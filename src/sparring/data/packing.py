@@ -151,6 +151,7 @@ def pack(groups: Sequence[Group], device: torch.device, *, share: bool = True, e
         step = max(128, (1 << (place.bit_length() - 1)) // 8)
         if filler := -place % step:
             put(tokens([0]) * filler, 0, ROOT)
+            positions[-1].zero_()  # models with a table of positions have no more than their own
     row = torch.cat([torch.frombuffer(piece, dtype=torch.int32).long() for piece in ids])
     return Packed(row[None].to(device), torch.cat(positions)[None].to(device), segments, marks.scored(device))
 

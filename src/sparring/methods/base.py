@@ -192,5 +192,6 @@ def reference_goes_first(method: Method, cadence: Cadence, uses: int | None = No
     Then its log-probs can be computed first, and it need not stay in memory. It does not pay where the run ``uses`` fewer pairs
     than there are.
     """
-    given = method.needs == "pairs" and cadence.prompts_per_round is None and cadence.reference == "initial"
+    once = cadence.prompts_per_round is None and cadence.updates_per_round is None
+    given = method.needs == "pairs" and once and cadence.reference == "initial"
     return given and not method.mismatched and (uses is None or uses >= pairs)

@@ -111,6 +111,10 @@ class AdapterRoles(Roles):
                 self._switch(POLICY)
         self.policy.train(was_training)
 
+    def described(self) -> str:
+        """What the models compute besides their weights' part in it: also how much the adapter counts."""
+        return super().described() + json.dumps(self._model.peft_config[POLICY].to_dict(), sort_keys=True, default=str)
+
     def _switch(self, name: str | None) -> None:
         """Let the layers read the adapter ``name``, or none; the policy's alone takes gradients."""
         tuner = self._model.base_model

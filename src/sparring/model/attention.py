@@ -19,6 +19,7 @@ from sparring.data.packing import ROOT, Packed, Segment
 Kind = Literal["segments", "flex", "varlen", "dense"]
 NAME = "sparring_segments"
 SHAPES = 64  # lengths of rows that FlexAttention is compiled for, before it would fall back to dense scores
+LAYERS = {"full_attention", "sliding_attention"}  # the types of layers that can be packed
 ROWS = 256  # queries in one block: keys after a block's end are never touched
 
 
@@ -58,6 +59,9 @@ def implementing(model: Any, name: str) -> Iterator[None]:
 
 def inputs(model: Any, packed: Packed, kind: Kind) -> dict[str, Any]:
     """The keywords of a forward pass of the model's backbone over ``packed``."""
+    strange = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - LAYERS
+    if strange:
+        raise NotImplementedError(f"layers of {', '.join(sorted(strange))}")
     words: dict[str, Any] = {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "use_cache": False}
     if kind == "segments":
         # A mask of four dimensions is taken as it is, so none is made; ours is in the segments.

@@ -2,7 +2,7 @@
 
 Where the loss is a function of each response's summed log-prob, its gradient is known as soon as a group's log-probs are, so
 the gradients of hidden states and of the head's weight are made while the group's probabilities are still there: nothing
-vocabulary-sized is kept, and nothing is computed twice.
+vocabulary-sized is kept, and nothing is computed twice, but for a group whose logits are larger than KEPT.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class Head:
             raise NotImplementedError(f"an output layer of type {type(layer).__name__}")
         config = model.config.get_text_config()
         self.weight, self.bias = layer.weight, layer.bias
+        self._sums: dict[int, tuple[Tensor, Tensor]] = {}
         self.cap: float | None = getattr(config, "final_logit_softcapping", None)
         self.scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
 
@@ -46,7 +47,7 @@ class Head:
         Groups of tokens lie between ``bounds``; ``slopes(first, last, logps)`` gives the loss's derivative by the log-probs [n] of
         groups ``first`` to ``last - 1``.
         """
-        d_hidden = torch.empty_like(hidden)
+        d_hidden, self._sums = torch.empty_like(hidden), {}
         room = self._rows(hidden, KEPT)
         first = 0
         while first < len(bounds) - 1:
@@ -65,6 +66,8 @@ class Head:
                     probs, _, bent = self._probs(hidden[rows], targets[rows])
                     d_hidden[rows] = self._spend(hidden[rows], targets[rows], mine, probs, bent)
             first = last
+        for weight, total in self._sums.values():
+            weight.grad = total.to(weight.dtype) if weight.grad is None else weight.grad.add_(total)
         return d_hidden
 
     def _probs(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -100,15 +103,23 @@ class Head:
         at_target = slope if bent is None else slope * bent[:, None]
         weight = self.weight.detach()
         if self.weight.requires_grad:
-            grad = gradient(self.weight)
+            grad = self._gradient(self.weight)
             weighted = (hidden * slope).to(hidden.dtype)
             for rows in _cut(0, len(weight), WIDE):  # a product of all of them would be as large as the weight
                 grad[rows].sub_(product(probs.T[rows], weighted.T))
             grad.index_add_(0, targets, (hidden * at_target).to(grad.dtype))
         if self.bias is not None and self.bias.requires_grad:
-            grad = gradient(self.bias)
+            grad = self._gradient(self.bias)
             grad.sub_((slope.to(probs.dtype).T @ probs)[0]).index_add_(0, targets, at_target[:, 0].to(grad.dtype))
         return (weight[targets] * at_target - product(probs, weight.T) * slope).to(hidden.dtype)
+
+    def _gradient(self, weight: Tensor) -> Tensor:
+        """Where a weight's gradient is added up: in float32, if need be beside the weight until the pass is over."""
+        if weight.dtype not in (torch.bfloat16, torch.float16) or hasattr(weight, "master"):
+            return gradient(weight)
+        if id(weight) not in self._sums:
+            self._sums[id(weight)] = (weight, torch.zeros_like(weight, dtype=torch.float32))
+        return self._sums[id(weight)][1]
 
     def _rows(self, like: Tensor, limits: dict[str, int], width: int | None = None) -> int:
         return max(1, limits.get(like.device.type, 2**27) // (self.weight.shape[0] * (width or like.element_size())))

@@ -83,7 +83,9 @@ class Scorer:
     def _hidden(self, model: Any, packed: Packed) -> Tensor:
         """Final hidden states at the positions that predict the scored tokens, [N, H]."""
         bare = unwrapped(model)
-        backbone = getattr(bare, "backbone", bare.base_model)  # a sharded model gathers its outer weights for it
+        backbone = getattr(
+            bare, "sparring_backbone", bare.base_model
+        )  # a sharded model gathers its outer weights for it
         states: Tensor = backbone(**inputs(bare, packed, self.kind)).last_hidden_state[0]
         return states[packed.scored.predictors]
 
@@ -111,6 +113,8 @@ def checked(
     if kind == "dense":
         return dense, "dense layout: one padded row for each response"
     shortest = sorted(groups, key=lambda g: sum(map(len, g.responses)) + len(g.prompt))[:3]
+    if len(shortest) == 1:
+        shortest *= 2  # what leaks from one sequence into the next shows only where there is a next
     scorer = Scorer(kind, pad_id, device)
     was_training = model.training
     model.eval()

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from sparring.model.policy import prepared
@@ -92,6 +93,10 @@ def joined(device: str, environment: Mapping[str, str] = os.environ) -> Iterator
         yield ALONE if found is None else found[0]
         return
     world, meeting = found
+    if device.startswith("cuda:"):
+        raise ValueError(
+            f"device is {device}, and there are {world.size} processes, of which each takes its own: use cuda"
+        )
     cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if cuda:
         if world.local_rank >= torch.cuda.device_count():
@@ -148,7 +153,7 @@ def shard(
                         known[id(empty)] = nn.Parameter(value, requires_grad=trains)
                     module._parameters[own] = known[id(empty)]
 
-    words: dict[str, Any] = {}
+    words: dict[str, Any] = {"mesh": init_device_mesh(device.type, (world.size,))}
     if computes != held:
         words["mp_policy"] = MixedPrecisionPolicy(param_dtype=computes, reduce_dtype=torch.float32)
     blocks = set(made._no_split_modules or ())
@@ -160,11 +165,8 @@ def shard(
     for name, module in made.named_modules():
         fill(module, f"{name}." if name else "")
     fully_shard(made, reshard_after_forward=False, **words)  # the head is used after the forward pass
-    for module in _sharded(made):
-        module.set_gradient_divide_factor(1.0)  # a plain sum: losses are divided by the pairs of all processes
-        module.set_force_sum_reduction_for_comms(True)
-    made.backbone = made.base_model.forward  # what the hooks of the whole stand around
-    register_fsdp_forward_method(made, "backbone")
+    made.sparring_backbone = made.base_model.forward  # what the hooks of the whole stand around
+    register_fsdp_forward_method(made, "sparring_backbone")
     return prepared(made)
 
 
@@ -204,10 +206,15 @@ def whole(model: Any, world: World) -> dict[str, Tensor]:
     found = {}
     for name, tensor in model.state_dict().items():
         if name not in again:
-            full = tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+            full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if world.main:
-                found[name] = full
+                found[name] = full.cpu() if isinstance(tensor, DTensor) else full
     return found
+
+
+def lost(problem: Exception) -> bool:
+    """Whether it says that another process could not be reached."""
+    return isinstance(problem, dist.DistError) or (dist.is_initialized() and "gloo" in str(problem))
 
 
 def _sharded(model: Any) -> list[Any]:

@@ -104,6 +104,7 @@ def fitting(
     lengths: Lengths,
     free: int | None = None,
     processes: int = 1,
+    reference_first: bool | None = None,
 ) -> Plan:
     """The plan of a run, at the budget it names, or at the largest that fits where that is auto: half by half from what saturates.
 
@@ -111,7 +112,11 @@ def fitting(
     its plan is given. NotImplementedError where the model's code cannot be gone through without numbers.
     """
     free = available(device) if free is None else free
-    made = _planner(config, about, device, lengths, free, processes)
+    if reference_first is None:
+        method, training = config.method, config.training
+        first = reference_goes_first(method, method.cadence(training.batch_size, 1))
+        reference_first = training.precompute_ref_log_probs and first
+    made = _planner(config, about, device, lengths, free, processes, reference_first)
     chosen = config.training.max_tokens_per_micro_batch
     if chosen != "auto":
         return made(chosen)
@@ -129,13 +134,16 @@ def with_budget(
     max_length: int,
     say: Callable[[str], None],
     world: World = ALONE,
+    *,
+    reference_first: bool = False,
 ) -> Config:
     """``config`` with the micro-batch that fits where it says auto, to be saved and resumed so; ``say`` is told of the plan.
 
     ValueError where auto finds none that fits, or the longest pair does not go into the budget that somebody chose; for memory's
     sake that is never refused.
     """
-    lengths = lengths_of(prompts, config.method, max_length)
+    share = kind_for(device, config.model.attn_implementation) != "varlen"
+    lengths = lengths_of(prompts, config.method, max_length, share=share)
     budget, chosen = config.training.max_tokens_per_micro_batch, saturated(device, lengths)
     auto = budget == "auto"
     if budget != "auto" and budget < lengths.pair:
@@ -146,7 +154,7 @@ def with_budget(
         free = available(device)
         if free is not None:  # processes on one machine share its memory, and all must come to one budget
             free = world.least(free if device.type == "cuda" else free // world.size)
-        made = fitting(config, about, device, lengths, free, world.size)
+        made = fitting(config, about, device, lengths, free, world.size, reference_first)
     except NotImplementedError as problem:
         say(f"no plan of memory, since {problem}")
     else:
@@ -173,7 +181,9 @@ def expected(config: Config, about: PretrainedConfig) -> Lengths:
     return lengths_of((), config.method, longest, longest)
 
 
-def lengths_of(prompts: Sequence[Prompt], method: Method, max_length: int, sequence: int = 0) -> Lengths:
+def lengths_of(
+    prompts: Sequence[Prompt], method: Method, max_length: int, sequence: int = 0, *, share: bool = True
+) -> Lengths:
     """The lengths of ``prompts`` under ``method``; a response still to be written may fill ``max_length``."""
     sides, writes, _ = asked(method, 2, max_length)
     known = {p.id: [r.token_ids for r in (p.human, p.rejected) if r][:sides] for p in prompts}
@@ -187,7 +197,7 @@ def lengths_of(prompts: Sequence[Prompt], method: Method, max_length: int, seque
         return Lengths(
             sequence, pair, f"row {row}, whose pair may have {pair} tokens, the one to be written up to max_length"
         )
-    pair, row = max((packed_size(Group(p.token_ids, known[p.id])), p.id) for p in prompts)
+    pair, row = max((packed_size(Group(p.token_ids, known[p.id]), share=share), p.id) for p in prompts)
     return Lengths(sequence, pair, f"row {row}, whose pair has {pair} tokens")
 
 
@@ -198,6 +208,7 @@ def _planner(
     lengths: Lengths,
     free: int | None,
     processes: int,
+    reference_first: bool,
 ) -> Callable[[int], Plan]:
     """The plan as a function of the budget; what does not depend on it is found once."""
     method, training = config.method, config.training
@@ -220,8 +231,7 @@ def _planner(
     shards = 1 if config.adapter.use_peft else processes
     if config.adapter.use_peft:
         model = adapted(model, config.adapter)
-    goes_first = training.precompute_ref_log_probs and reference_goes_first(method, cadence)
-    kept_reference = "none" if goes_first else cadence.reference
+    kept_reference = "none" if reference_first else cadence.reference
     always = standing(model, training, replace(cadence, reference=kept_reference), dtype, shards)
     if requests:
         per_round = cadence.prompts_per_round

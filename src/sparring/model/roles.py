@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any, Literal
@@ -90,6 +91,14 @@ class Roles:
         origin = self.ema if source == "ema" and self.ema is not None else self.learnt
         ema.step(self.reference, origin, 0.0)
         self.known.clear()
+
+    def described(self) -> str:
+        """What the models compute besides their weights' part in it: their kind and its settings."""
+        about = self.policy.config.to_dict()
+        settings = {
+            key: value for key, value in about.items() if key not in ("transformers_version", "dtype", "torch_dtype")
+        }
+        return json.dumps([type(self.policy).__name__, settings], sort_keys=True, default=str)
 
     def kept(self) -> dict[Role, Any]:
         """What is kept of each role there is: models, or adapters of one."""
