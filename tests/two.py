@@ -1,5 +1,6 @@
 """What each of two processes does in test_two_processes.py. Not a test."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -68,3 +69,4 @@ if __name__ == "__main__":
                 found = play(name, world, **keys)
                 if world.main:
                     save_file(found, out / f"{name}-{case}.safetensors")
+    os._exit(0)  # as the command line ends one of several processes

@@ -1,7 +1,5 @@
 """``python -m sparring`` is the command line."""
 
-import sys
+from sparring.cli import command
 
-from sparring.cli import main
-
-sys.exit(main())
+command()

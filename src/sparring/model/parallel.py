@@ -108,6 +108,7 @@ def joined(device: str, environment: Mapping[str, str] = os.environ) -> Iterator
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, init_method=meeting, rank=world.rank, world_size=world.size, timeout=TIMEOUT)
     yield world
+    world.wait()  # who leaves first would cut the others off
     dist.destroy_process_group()  # after a failure the others may be gone, and the end of the process says it
 
 
