@@ -6,7 +6,7 @@
 TRL's own ``train()`` takes a step with its stock head, one with its head on completions alone (TRL-compact: what it does on a
 GPU), one of those with the reference's log-probs precomputed; then ours come, on the same eight pairs: one that computes the
 reference, one that knows it. Without keys for parts it runs a plan: DPO pairs in every shape, precision and checkpointing
-setting that two cores manage in half an hour, and the other pairs in bf16. With any such key it runs all combinations of those
+setting that two cores manage in an hour or two, and the other pairs in bf16. With any such key it runs all combinations of those
 given.
 """
 
