@@ -174,6 +174,7 @@ def test_what_a_group_shares_is_laid_out_once() -> None:
     assert even.input_ids.shape == (1, 128)
     assert even.segments[-1] == Segment(packed_total := sum(map(packed_size, GROUPS)), 128)
     assert even.scored.predictors.max() < packed_total
+    assert not even.position_ids[0, packed_total:].any()  # within any model's table of positions
     alone = pack(GROUPS, CPU, share=False)
     assert all(segment.parent == ROOT for segment in alone.segments)
     assert pad(GROUPS[:1], PAD, CPU).input_ids.tolist()[0] == [5, 6, 7, 10, 11, 12, 13, 2, PAD]

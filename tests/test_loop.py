@@ -51,6 +51,18 @@ def test_the_ema_moves_every_second_update_and_the_reference_copies_it_every_thi
     assert not torch.equal(average, start)
 
 
+def test_a_game_that_stopped_at_a_round_goes_on_with_its_pairs_and_does_not_take_them_again() -> None:
+    state, events = game(BASE)
+    first = next(events)
+    assert isinstance(first, Round)
+    visits, serials = state.counters.visits, [pair.serial for pair in state.buffer.pairs]
+    made: Learner = learner(replace(BASE, reference="initial"), tiny_llama(), per_device_train_batch_size=2)
+    made.method, made.roles = BASE, state.roles
+    again = play(state, BASE, BASE.cadence(2, 3), made, context(Script()), PROMPTS, 6)
+    assert isinstance(next(again), Update)
+    assert (state.counters.visits, [pair.serial for pair in state.buffer.pairs]) == (visits, serials)
+
+
 @pytest.mark.parametrize(("source", "equal_to"), [("policy", "policy"), ("initial", "start")])
 def test_the_reference_can_follow_the_policy_or_stay(source: str, equal_to: str) -> None:
     state, events = game(replace(BASE, reference=source))  # type: ignore[arg-type]

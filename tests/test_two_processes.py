@@ -118,7 +118,7 @@ def test_a_killed_process_ends_the_job_with_a_clear_error_and_the_run_resumes_to
     assert job.returncode != 0
     assert "exitcode  : -9" in errors  # torchrun's own words for who was killed
     status = json.loads((folder / "status.json").read_text())
-    assert status["state"] in ("failed", "running", "interrupted")
+    assert status["state"] in ("failed", "interrupted")  # torchrun may stop the other process before it notices
     assert not (folder / "model").exists()
     done = run([*TORCHRUN, "-m", "sparring", "resume", str(folder)])
     assert done.returncode == 0, done.stderr[-3000:]

@@ -50,9 +50,7 @@ class Learner:
         self.optimizers = make_optimizers(roles.policy, config)
         self.compares = method.cadence(1, 1).reference != "none"
         self.sealed = False  # the reference has left memory, and what it said is all there is
-        self.layout: Kind | None = (
-            None  # how log-probs are computed; found out on the first pairs, or known from before
-        )
+        self.layout: Kind | None = None  # found out on the first pairs, or known from a checkpoint
         self._scorer: Scorer | None = None
         roles.worker.train()
         if config.gradient_checkpointing:

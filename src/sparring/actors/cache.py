@@ -146,7 +146,7 @@ def column_attention(
 ) -> tuple[Tensor, None]:
     """softmax(scaling q k^T) v from each row's newest token; query [R, H, 1, D], key and value [R, G, C, D]; [R, 1, H, D].
 
-    Keys times queries, in this order, is on a CPU two to three times as fast as PyTorch's attention.
+    Keys times queries, in this order, is on a CPU faster than PyTorch's attention.
     NotImplementedError for attention sinks and position biases.
     """
     if any(others.get(name) is not None for name in ("s_aux", "position_bias", "sinks")) or dropout:

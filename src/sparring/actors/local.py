@@ -13,6 +13,7 @@ from sparring.actors.padded import write_padded
 from sparring.actors.sampling import choose
 from sparring.methods.base import Request, Sampling, Writing
 from sparring.model.attention import Kind, kind_for
+from sparring.model.logps import unwrapped
 from sparring.records import Tokens, tokens
 
 __all__ = ["LocalWriter", "choose"]
@@ -54,7 +55,7 @@ class LocalWriter:
         """One writing for each request, in order."""
         rows = [Row(request) for request in requests]
         with self._playing() as playing, torch.no_grad():
-            model = playing.get_base_model() if hasattr(playing, "get_base_model") else playing
+            model = unwrapped(playing)
             kind = self._layout(model)
             if kind == "dense":
                 write_padded(model, rows, self.batch_size, sampling, self.end_ids, self.pad_id, self._tick)

@@ -87,9 +87,8 @@ def segment_attention(
 ) -> tuple[Tensor, None]:
     """softmax(scaling q k^T) v within segments; query [1, H, T, D], key and value [1, G, T, D]; returns [1, T, H, D].
 
-    Plain float32 goes through PyTorch's kernel, which is the fastest there is for it on a CPU; bfloat16, windows and soft-capped
-    scores through :class:`Blocks`, which in bfloat16 is three times as fast as that kernel. NotImplementedError for attention
-    sinks and position biases.
+    Plain float32 goes through PyTorch's kernel, bfloat16, windows and soft-capped scores through :class:`Blocks`, which in bfloat16
+    is faster on a CPU. NotImplementedError for attention sinks and position biases.
     """
     if any(others.get(name) is not None for name in ("s_aux", "position_bias", "sinks")) or dropout:
         raise NotImplementedError("attention sinks, position biases and dropout are not computed segment by segment")

@@ -1,4 +1,4 @@
-"""Products in float32 on a CPU by oneDNN instead of PyTorch's BLAS: about twice as fast on AMD's processors, as exact."""
+"""Products in float32 on a CPU by oneDNN instead of PyTorch's BLAS: faster on AMD's processors, and as exact."""
 
 from __future__ import annotations
 

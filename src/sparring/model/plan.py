@@ -21,11 +21,12 @@ from sparring.model.dry import asked, terms
 from sparring.model.memory import available
 from sparring.model.optim import state_bytes, step_bytes
 from sparring.model.parallel import ALONE, World
+from sparring.model.start import computed_in
 from sparring.model.trace import Shape, adapted, passes, writing
 from sparring.records import Prompt
 
 MARGIN = 0.1  # of what is available stays free: allocators leave gaps, and others use the machine too
-# Larger micro-batches than these were no faster: matrix products of so many rows keep the whole device busy.
+# Matrix products of so many rows keep the whole device busy; a choice, of which the one for CUDA is yet to be measured.
 SATURATED = {"cpu": 4096, "cuda": 32768}
 LEAST = 256  # tokens below which no micro-batch goes by itself: weights are read anew for each one
 
@@ -214,7 +215,7 @@ def _planner(
     method, training = config.method, config.training
     cadence: Cadence = method.cadence(training.batch_size, 1)
     sides, requests, longest = asked(method, lengths.sequence, config.data.max_length)
-    dtype = torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
+    dtype = computed_in(config)
     kind = kind_for(device, config.model.attn_implementation)
     shape = Shape(
         about,
