@@ -72,6 +72,68 @@ class GenerationConfig:
     """Generation"""
 
     generation_batch_size: int = key(64, "Rows that are generated together", unit="rows", least=1)
+    generation_backend: Literal["local", "server"] = key(
+        "local", "Who writes the policy's responses: this process, or a server that speaks OpenAI's protocol"
+    )
+    server_urls: str | None = key(None, "Servers that run already: http://localhost:8000/v1, several with commas")
+    server_command: str | None = key(
+        None, "A server that is started for each round and stopped after it: vllm serve {model} --port {port}"
+    )
+    server_model: str | None = key(None, "The model's name at the server; none: the first that it lists")
+    server_api_key_env: str = key("SPARRING_SERVER_API_KEY", "Environment variable that holds the servers' key, if any")
+    server_concurrency: int = key(64, "Requests at a time, to all servers together", unit="requests", least=1)
+    server_timeout: float = key(600.0, "Longest wait for one response", unit="s", above=0)
+    server_start_timeout: float = key(600.0, "Longest wait for server_command to answer", unit="s", above=0)
+    server_retries: int = key(5, "Times that a request is tried again, and that a dead server is started anew", least=0)
+    shard_prompts: int = key(
+        256, "Prompts of a round whose responses are written to the disk together", unit="prompts", least=1
+    )
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """The judge"""
+
+    judge: Literal["verifier", "reward_model", "pairrm", "llm", "policy", "human"] | None = key(
+        None, "Who judges: your function, a reward model, PairRM, an LLM at an endpoint, the policy itself, or people"
+    )
+    judge_model_name_or_path: str | None = key(
+        None, "reward_model, pairrm: a folder or a name on the hub; llm: the model's name at the endpoint"
+    )
+    verifier: str | None = key(None, "verifier: path/to/file.py:function(prompt, response, row) -> number")
+    verifier_timeout: float = key(10.0, "Longest that a verifier may take for one response", unit="s", above=0)
+    judge_scale: float = key(
+        1.0,
+        "verifier, reward_model: P(a beats b) = sigmoid(judge_scale (score of a - score of b)), Bradley-Terry",
+        above=0,
+    )
+    judge_orders: Literal["both", "random", "given"] = key(
+        "both", "llm, policy: both orders of showing two responses, one at random, or the one that comes"
+    )
+    judge_by: Literal["verdict", "logprobs"] = key(
+        "verdict", "llm, policy: read the written verdict, or compare the log-probs of the two verdict tokens"
+    )
+    judge_template: str | None = key(None, "llm, policy: a Jinja file with the instruction; none: the built-in one")
+    judge_base_url: str | None = key(
+        None, "llm: the endpoint, http://localhost:8000/v1; none: OPENAI_BASE_URL, else OpenAI's"
+    )
+    judge_api_key_env: str = key("OPENAI_API_KEY", "llm: environment variable that holds the key")
+    judge_max_new_tokens: int = key(512, "llm, policy: longest verdict", unit="tokens", least=1)
+    judge_concurrency: int = key(8, "llm: requests at a time; verifier: processes", least=1)
+    judge_timeout: float = key(120.0, "llm: longest wait for one answer", unit="s", above=0)
+    judge_retries: int = key(
+        5, "llm: times that a request is tried again after 429, 5xx or a broken connection", least=0
+    )
+    judge_max_calls: int | None = key(None, "llm: calls that the run may make; none: any number", unit="calls", least=1)
+    judge_max_tokens: int | None = key(None, "llm: tokens that the run may use, in and out", unit="tokens", least=1)
+    judge_price_in: float = key(0.0, "llm: price of a million prompt tokens, for the ledger", least=0)
+    judge_price_out: float = key(0.0, "llm: price of a million written tokens, for the ledger", least=0)
+    judge_batch_tokens: int = key(16384, "reward_model, pairrm: tokens scored together", unit="tokens", least=1)
+    judge_cache: bool = key(True, "Keep answers on the disk, so that none is paid for twice")
+    human_labels: str | None = key(
+        None,
+        "human: JSON lines of pair_id, verdict (a, b, tie), who, when; what they say overrides other judges in tso",
+    )
 
 
 @dataclass(frozen=True)
@@ -161,6 +223,7 @@ PARTS: dict[str, type] = {
     "adapter": AdapterConfig,
     "data": DataConfig,
     "generation": GenerationConfig,
+    "judging": JudgeConfig,
     "training": TrainingConfig,
     "monitor": MonitorConfig,
     "run": RunConfig,
@@ -169,13 +232,14 @@ PARTS: dict[str, type] = {
 
 @dataclass(frozen=True)
 class Config:
-    """A run's whole configuration: the method and the seven parts."""
+    """A run's whole configuration: the method and the eight parts."""
 
     method: Any  # a method's frozen dataclass
     model: ModelConfig = ModelConfig()
     adapter: AdapterConfig = AdapterConfig()
     data: DataConfig = DataConfig()
     generation: GenerationConfig = GenerationConfig()
+    judging: JudgeConfig = JudgeConfig()
     training: TrainingConfig = TrainingConfig()
     monitor: MonitorConfig = MonitorConfig()
     run: RunConfig = RunConfig()

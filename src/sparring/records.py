@@ -53,6 +53,7 @@ class Prompt:
     human: Response | None = None  # the person's response, where there is one
     rejected: Response | None = None  # the response it was preferred to, in a data set of pairs
     row: Mapping[str, Any] = field(default_factory=dict)  # the untouched columns, for verifiers
+    question: str = ""  # what is asked, as a person reads it: without the chat template's marks, for judges
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,7 +100,7 @@ def load(
             if not all(response.finished for response in responses):
                 cut.append(n)
             human, rejected = [*responses, None, None][:2]
-            prompts.append(Prompt(n, *asked[n], human, rejected, table[n]))
+            prompts.append(Prompt(n, *asked[n], human, rejected, table[n], question(chunk[n][0])))
         tick(len(chunk))
     dropped = {reason: sorted(numbers) for reason, numbers in dropped.items()}
     loaded = Loaded(prompts, len(table), dropped, cut, list(chat.warnings))
@@ -120,6 +120,16 @@ def texts_of(config: DataConfig) -> Iterator[str]:
                 text = part.get("content") if isinstance(part, Mapping) else part
                 if isinstance(text, str):
                     yield text
+
+
+def question(content: Content) -> str:
+    """What is asked, as a person reads it: the text; one message's; or a conversation's turns under their roles."""
+    if isinstance(content, str):
+        return content
+    asked = [turn for turn in content if turn["role"] != "system"]
+    if len(asked) == 1:
+        return asked[0]["content"] or ""
+    return "\n\n".join(f"{turn['role'].capitalize()}: {turn['content'] or ''}" for turn in content)
 
 
 def digest(prompts: Sequence[Prompt]) -> str:

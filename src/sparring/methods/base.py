@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from sparring import losses
 from sparring.keys import key
 from sparring.pairing import Paired
-from sparring.records import Group, Judgment, Prompt, Tokens
+from sparring.records import Group, Judgment, Prompt, Response, Tokens
 from sparring.seeds import Seeds
 
 if TYPE_CHECKING:
@@ -60,13 +60,63 @@ class Writer(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two responses to one prompt, ``a`` shown before ``b``."""
+
+    prompt: Prompt
+    a: Response
+    b: Response
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What came of a comparison."""
+
+    probability: float | None  # that a beats b; None: it could not be judged
+    agree: bool | None = None  # whether both orders of showing the two said the same; None: one was asked
+
+
+class Judge(Protocol):
+    """Who says which of two responses is better."""
+
+    @property
+    def name(self) -> str:
+        """Who judges, as judgments record it: ``verifier:check.py:score``."""
+        ...
+
+    def compare(self, asked: Sequence[Comparison]) -> list[Verdict]:
+        """One verdict for each comparison, in order."""
+        ...
+
+    def score(self, asked: Sequence[tuple[Prompt, Response]]) -> list[float | None]:
+        """Each response's own score, in order; None: it could not be judged. ValueError where the judge only compares."""
+        ...
+
+
+class NoJudge:
+    """Nobody: a method that needs a judge says so."""
+
+    name = "none"
+
+    def compare(self, asked: Sequence[Comparison]) -> list[Verdict]:
+        """Raise ValueError."""
+        raise ValueError("this method needs a judge, and none is given: add --judge, `sparring run --help` lists them")
+
+    def score(self, asked: Sequence[tuple[Prompt, Response]]) -> list[float | None]:
+        """Raise ValueError."""
+        self.compare([])
+        return []
+
+
 @dataclass(frozen=True)
 class Context:
-    """What a method's hooks may reach: who can write, the random streams, and the room a sequence has."""
+    """What a method's hooks may reach: who can write and judge, the random streams, and the room a sequence has."""
 
-    writers: Mapping[str, Writer]  # by role: "policy", "ema"
+    writers: Mapping[str, Writer]  # by role: "policy", "ema"; by name: a matrix's other models
     seeds: Seeds
     max_length: int  # tokens of prompt and response
+    judge: Judge = field(default_factory=NoJudge)
 
 
 @dataclass(frozen=True)
