@@ -9,12 +9,14 @@ from pathlib import Path
 LAYERS = """
     records seeds
     keys
-    losses pairing config data.chat
+    losses bounds ranking pairing config data.chat
     data
     model methods.base buffer recipes
+    methods.preference
+    methods.rounds
     metrics model.dry
-    methods actors judges learner model.plan checkpoint journal monitor card progress interrupt
-    evaluate probe reference merge
+    methods actors judges archive learner model.plan checkpoint journal monitor card progress interrupt
+    evaluate probe reference merge library results
     loop
     session
     run

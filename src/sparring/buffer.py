@@ -48,6 +48,11 @@ class Buffer:
         del self.pairs[:gone]
         self.drawn = self.drawn[gone:]
 
+    def keep_rounds(self, first: int) -> None:
+        """Let the pairs of rounds before ``first`` go; those that stay count as never drawn: a round is a training of its own."""
+        self.keep(sum(pair.round >= first for pair in self.pairs))
+        self.drawn[:] = 0
+
     def draw(self, count: int, seed: int) -> list[Pair]:
         """``count`` different pairs (all of them, where there are fewer), counted as drawn.
 

@@ -214,6 +214,10 @@ class RunConfig:
     save_steps: int = key(100, "Updates between checkpoints", unit="updates", least=1)
     save_total_limit: int = key(2, "Checkpoints that are kept, the last ones", unit="checkpoints", least=1)
     save_round_records: bool = key(True, "Write every round's responses and pairs to rounds/ as Parquet")
+    keep_round_models: bool = key(True, "Keep the model after each counted round, in models/round-00001 and on")
+    keep_models_at: tuple[float, ...] | None = key(
+        None, "Shares of the run after which the model is kept, in models/step-000120: 0.25,0.5", above=0, most=1
+    )
     report_to: Literal["none", "trackio", "tensorboard", "wandb"] = key("none", "Tracker beside metrics.jsonl")
     run_name: str | None = key(None, "The run's name at the tracker and in the model card; none: the folder's")
 
@@ -247,7 +251,9 @@ class Config:
     def flat(self) -> dict[str, Any]:
         """Every key with its value, and the method's name under ``method``."""
         parts = [getattr(self, name) for name in ("method", *PARTS)]
-        return {"method": self.method.name} | {f.name: getattr(p, f.name) for p in parts for f in dataclasses.fields(p)}
+        found = {f.name: getattr(p, f.name) for p in parts for f in dataclasses.fields(p)}
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+        return {"method": self.method.name} | plain
 
 
 def resolve(method: type | Any, *layers: Mapping[str, Any], parts: Iterable[str] = tuple(PARTS)) -> Config:

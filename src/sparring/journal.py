@@ -75,13 +75,23 @@ class Journal:
             _replace(timings, "".join(json.dumps(line) + "\n" for line in kept))
 
     def round(self, number: int, groups: Sequence[Group], pairs: Sequence[Pair]) -> None:
-        """Write a round's responses and pairs."""
+        """Write a round's pairs, and its responses where they are given."""
         if not self.writes:
             return
+        folder = self._round(number)
+        if groups:
+            parquet.write(folder / "responses.parquet", Response, (r for g in groups for r in g.responses))
+        parquet.write(folder / "pairs.parquet", Pair, pairs)
+
+    def lineage(self, number: int, about: Mapping[str, Any]) -> None:
+        """Write what a round starts from, what its reference is, and which rounds' data it trains on."""
+        if self.writes:
+            _replace(self._round(number) / "lineage.json", json.dumps(dict(about), indent=1) + "\n")
+
+    def _round(self, number: int) -> Path:
         folder = self.folder / "rounds" / f"{number:05d}"
         folder.mkdir(parents=True, exist_ok=True)
-        parquet.write(folder / "responses.parquet", Response, (r for g in groups for r in g.responses))
-        parquet.write(folder / "pairs.parquet", Pair, pairs)
+        return folder
 
     def status(self, state: str, step: int, total: int, message: str = "") -> None:
         """Say where the run is: running, finished, stopped or failed."""

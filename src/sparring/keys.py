@@ -30,9 +30,21 @@ def key(
     least: float | None = None,
     most: float | None = None,
     below: float | None = None,
+    endless: bool = False,
 ) -> T:
-    """A configuration key: a dataclass field with its meaning, unit and the range that :func:`check` holds it to."""
-    about = {"help": help, "unit": unit, "above": above, "least": least, "most": most, "below": below}
+    """A configuration key: a dataclass field with its meaning, unit and the range that :func:`check` holds it to.
+
+    An ``endless`` one may be inf.
+    """
+    about = {
+        "help": help,
+        "unit": unit,
+        "above": above,
+        "least": least,
+        "most": most,
+        "below": below,
+        "endless": endless,
+    }
     return dataclasses.field(default=default, metadata=about)
 
 
@@ -42,14 +54,15 @@ def check(part: Any) -> None:
     for f in dataclasses.fields(part):
         value, about = getattr(part, f.name), f.metadata
         read(f.name, value, hints[f.name])
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            continue
-        if not math.isfinite(value):
-            raise ValueError(f"{f.name} is {value}: give a finite number")
-        for bound, (holds, words) in BOUNDS.items():
-            limit = about.get(bound)
-            if limit is not None and not holds(value, limit):
-                raise ValueError(f"{f.name} is {value}: it must be {words} {limit}. {about['help']}")
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, bool) or not isinstance(number, (int, float)):
+                continue
+            if not (math.isfinite(number) or (about.get("endless") and number == math.inf)):
+                raise ValueError(f"{f.name} is {number}: give a finite number")
+            for bound, (holds, words) in BOUNDS.items():
+                limit = about.get(bound)
+                if limit is not None and not holds(number, limit):
+                    raise ValueError(f"{f.name} is {number}: it must be {words} {limit}. {about['help']}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -64,6 +77,8 @@ def shown(kind: Any) -> str:
         return "|".join(map(str, typing.get_args(kind)))
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return "|".join("none" if k is type(None) else shown(k) for k in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return f"{shown(typing.get_args(kind)[0])},..."
     return "a=b,c=d" if typing.get_origin(kind) is dict else str(kind.__name__)
 
 
@@ -83,7 +98,13 @@ def read(name: str, value: Any, kind: Any) -> Any:
         raise ValueError(
             f"{name} is {value!r}: it must be one of {', '.join(map(str, options))}{nearest(str(value), map(str, options))}"
         )
-    if origin is dict:
+    if origin is tuple:
+        items = value.split(",") if isinstance(value, str) else value
+        if isinstance(items, (list, tuple)) and items:
+            return tuple(read(name, item.strip() if isinstance(item, str) else item, options[0]) for item in items)
+        if not isinstance(items, (list, tuple)):
+            return (read(name, items, options[0]),)
+    elif origin is dict:
         if isinstance(value, Mapping):
             return {str(k): str(v) for k, v in value.items()}
         pairs = [item.partition("=") for item in str(value).split(",")]

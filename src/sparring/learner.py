@@ -62,13 +62,18 @@ class Learner:
         chosen = self.config.max_tokens_per_micro_batch
         return BUDGET if chosen == "auto" else chosen
 
-    def update(self, pairs: Sequence[Pair], step: int, rate_scale: float = 1.0) -> dict[str, float]:
+    def update(
+        self, pairs: Sequence[Pair], step: int, rate_scale: float = 1.0, schedule: tuple[float, float] | None = None
+    ) -> dict[str, float]:
         """One optimizer step on ``pairs``; metrics under the field's names.
+
+        ``schedule`` is where the step stands in its learning-rate schedule, and how long that is; none: the run's own.
 
         Where the loss or the gradient is not finite, the weights stay as they were and ``skipped`` is 1. ValueError for a pair
         that alone is longer than a micro-batch.
         """
-        rate = learning_rate(step, self.total_steps, self.config) * rate_scale
+        place, length = schedule or (step, self.total_steps)
+        rate = learning_rate(place, length, self.config) * rate_scale
         kl = self._mismatched_kl(pairs) if self.method.mismatched else torch.zeros((), device=self.device)
         reference = self.reference_sums(pairs)
         logps, loss_terms = self._backward(pairs, reference, kl, self.method.terms)

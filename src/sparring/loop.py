@@ -5,15 +5,19 @@ What logs, saves, watches or draws consumes what it yields.
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+from typing import Any, Protocol
 
 from sparring.checkpoint import TrainState
+from sparring.config import TrainingConfig
 from sparring.learner import Learner
 from sparring.methods.base import Cadence, Context, Method
+from sparring.pairing import Judged
 from sparring.records import Group, Pair, Prompt
 from sparring.seeds import Seeds
 
@@ -29,14 +33,45 @@ class Round:
     pairs: list[Pair]
     dropped: Counter[str]
     lengths: list[int]  # of its generated responses
+    metrics: dict[str, float] = field(default_factory=dict)
+    aside: list[tuple[Group, int, int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Update:
-    """An optimizer step."""
+    """An optimizer step; ``last`` of its round, where rounds are counted."""
 
     step: int
     metrics: dict[str, float]
+    last: bool = False
+
+
+class Keeper(Protocol):
+    """Keeps what a round wrote and judged, shard by shard, so that nothing is done twice."""
+
+    def groups(
+        self, number: int, shard: int, prompts: Sequence[Prompt], make: Callable[[], list[Group]]
+    ) -> list[Group]:
+        """The groups of a round's shard: read where they are there, made and kept where not."""
+        ...
+
+    def judged(self, number: int, shard: int, make: Callable[[], Judged]) -> Judged:
+        """The same of its judgments."""
+        ...
+
+
+class KeepNothing:
+    """Everything is made anew: for rounds that are short."""
+
+    def groups(
+        self, number: int, shard: int, prompts: Sequence[Prompt], make: Callable[[], list[Group]]
+    ) -> list[Group]:
+        """Made."""
+        return make()
+
+    def judged(self, number: int, shard: int, make: Callable[[], Judged]) -> Judged:
+        """Made."""
+        return make()
 
 
 def play(
@@ -47,34 +82,56 @@ def play(
     context: Context,
     prompts: Sequence[Prompt],
     total_steps: int,
+    keeper: Keeper | None = None,
+    shard: int | None = None,
 ) -> Iterator[Round | Update]:
-    """Play rounds until ``total_steps`` updates are made; ``state`` is where the game stands, and is all it remembers."""
+    """Play rounds until ``total_steps`` updates are made, or as many rounds as there are to be.
+
+    ``state`` is where the game stands, and is all it remembers. Counted rounds are written and judged ``shard`` prompts at a time.
+    """
     now, buffer, roles = state.counters, state.buffer, state.roles
+    keeper = keeper or KeepNothing()
     barren = 0
-    while now.step < total_steps:
+    while now.step < total_steps and (cadence.rounds is None or now.round < cadence.rounds):
+        learner.method = method.in_round(now.round)
         if now.begun != now.round or not buffer:
-            groups = [] if now.waiting else _prepare(state, method, cadence, context, prompts)
+            found = _prepare(state, method, cadence, context, prompts, keeper, shard) if not now.waiting else None
             counted = now.waiting.pop(0)
             pairs = [pair for pair in state.ahead if pair.round == now.round]
             state.ahead = [pair for pair in state.ahead if pair.round != now.round]
             if cadence.buffer_size == 0:
                 buffer.keep(0)
+            if cadence.buffer_rounds is not None:
+                buffer.keep_rounds(now.round + 1 - cadence.buffer_rounds)
             buffer.add(pairs)
             now.begun = now.round
-            yield Round(now.round, groups, pairs, Counter(counted["dropped"]), counted["lengths"])
+            if buffer and cadence.reference_at_round and now.round:
+                roles.refresh_reference("policy")
+            if buffer and cadence.fresh_start and now.round:
+                for optimizer in state.optimizers:
+                    optimizer.state.clear()
+            groups, aside = found or ([], [])
+            yield Round(
+                now.round, groups, pairs, Counter(counted["dropped"]), counted["lengths"], counted["metrics"], aside
+            )
             if not buffer:
                 barren += 1
-                if barren == BARREN_ROUNDS:
+                if barren == BARREN_ROUNDS or cadence.rounds == now.round + 1:
                     reasons = ", ".join(f"{n} {reason}" for reason, n in counted["dropped"].items())
                     raise ValueError(
-                        f"{barren} rounds gave no pair (the last: {reasons}): raise temperature or segment_tokens"
+                        f"{barren} rounds gave no pair (the last: {reasons}): look at its responses and judgments, or raise "
+                        "temperature or segment_tokens"
                     )
                 now.round += 1
                 continue
         barren = 0
-        while now.updates_in_round < (cadence.updates_per_round or total_steps) and now.step < total_steps:
+        updates = updates_of_round(cadence, learner, len(buffer)) or total_steps
+        while now.updates_in_round < updates and now.step < total_steps:
             drawn = buffer.draw(learner.config.batch_size, context.seeds("draw", now.step))
-            metrics = learner.update(drawn, now.step, now.rate_scale)
+            schedule = scheduled(cadence, now.round, now.updates_in_round, updates)
+            own = method.rate(now.round)
+            scale = now.rate_scale * (1.0 if own is None else own / learner.config.learning_rate)
+            metrics = learner.update(drawn, now.step, scale, schedule)
             staleness = [now.step - pair.written_at for pair in drawn]
             metrics |= {"buffer/size": float(len(buffer)), "buffer/staleness": sum(staleness) / len(drawn)}
             now.step += 1
@@ -84,28 +141,100 @@ def play(
             moves = cadence.reference_every and now.step % cadence.reference_every == 0
             if moves and cadence.reference in ("ema", "policy"):
                 roles.refresh_reference(cadence.reference)
-            yield Update(now.step, metrics)
-        now.round += 1
-        now.updates_in_round = 0
+            last = cadence.rounds is not None and now.updates_in_round == updates
+            if last:  # the state is between two rounds, and so is a checkpoint of it
+                now.round += 1
+                now.updates_in_round = 0
+            yield Update(now.step, metrics, last)
+            if last:
+                break
+        else:
+            now.round += 1
+            now.updates_in_round = 0
+
+
+def planned(cadence: Cadence, training: TrainingConfig, prompts: int) -> int:
+    """Updates of a run; of counted rounds at most, since how many pairs they give is seen when they are played."""
+    if cadence.rounds is None:
+        return math.ceil(training.num_train_epochs * math.ceil(prompts / training.batch_size))
+    pairs = (cadence.prompts_per_round or prompts) * cadence.pairs_per_prompt
+    rounds = [min(number + 1, cadence.buffer_rounds or 1) for number in range(cadence.rounds)]
+    return sum(math.ceil(training.num_train_epochs * pairs * held / training.batch_size) for held in rounds)
+
+
+def lineage(method: Method, cadence: Cadence, training: TrainingConfig, state: TrainState) -> dict[str, Any]:
+    """What the round of now is initialised from, what its reference is, on which rounds' data it trains, and how."""
+    now = state.counters
+    before = f"the policy after round {now.round} (update {now.step})" if now.round else "the starting model"
+    fresh = now.round == 0 or cadence.fresh_start
+    stands = {"none": "none", "initial": "the starting model"}.get(cadence.reference, before)
+    beta = getattr(method.in_round(now.round), "strength", None)
+    return {
+        "round": now.round,
+        "update": now.step,
+        "initialised_from": before,
+        "reference": stands,
+        "data_of_rounds": sorted({pair.round for pair in state.buffer.pairs}),
+        "pairs": len(state.buffer),
+        "optimizer": "new" if fresh else "goes on",
+        "learning_rate": method.rate(now.round) or training.learning_rate,
+    } | ({"beta": beta} if beta is not None else {})
+
+
+def updates_of_round(cadence: Cadence, learner: Learner, pairs: int) -> int | None:
+    """Updates of a round: passes over its pairs where rounds are counted; None: as many as there are."""
+    if cadence.rounds is None:
+        return cadence.updates_per_round
+    return math.ceil(learner.config.num_train_epochs * pairs / learner.config.batch_size)
+
+
+def scheduled(cadence: Cadence, number: int, update: int, updates: int) -> tuple[float, float] | None:
+    """Where an update stands in its learning-rate schedule, and how long that is; None: the run's own count."""
+    if cadence.rounds is None:
+        return None
+    if cadence.fresh_start:
+        return update, updates
+    return number * updates + update, cadence.rounds * updates  # rounds differ in length: each has an equal share
 
 
 def _prepare(
-    state: TrainState, method: Method, cadence: Cadence, context: Context, prompts: Sequence[Prompt]
-) -> list[Group]:
+    state: TrainState,
+    method: Method,
+    cadence: Cadence,
+    context: Context,
+    prompts: Sequence[Prompt],
+    keeper: Keeper,
+    shard: int | None,
+) -> tuple[list[Group], list[tuple[Group, int, int]]]:
     """Respond, judge and pair for the coming ``generate_ahead`` rounds; their pairs wait in ``state.ahead``."""
     now = state.counters
     count = cadence.prompts_per_round or len(prompts)
     taken = take(prompts, now.visits, count * cadence.generate_ahead, context.seeds)
-    groups = method.respond(taken, now.visits, context)
+    groups: list[Group] = []
+    aside: list[tuple[Group, int, int]] = []
+    judged = Judged([])
+    each = shard if shard and cadence.rounds is not None else len(taken)
+    for number, first in enumerate(range(0, len(taken), each)):
+        some, visit = taken[first : first + each], now.visits + first
+        made = keeper.groups(now.round, number, some, partial(method.respond, some, visit, context))
+        groups += made
+        if cadence.rounds is not None:
+            found = keeper.judged(now.round, number, partial(method.judge, made, context))
+            judged.judgments.extend(found.judgments)
+            judged.standings.extend(found.standings)
     per_round = len(groups) // cadence.generate_ahead
     for ahead in range(cadence.generate_ahead):
         mine = groups[ahead * per_round : (ahead + 1) * per_round]
-        paired = method.pair(mine, method.judge(mine, context))
+        if cadence.rounds is None:
+            judged = method.judge(mine, context)
+        paired = method.pair(mine, judged, context)
         state.ahead += [replace(pair, round=now.round + ahead, written_at=now.step) for pair in paired.pairs]
         lengths = [len(r.token_ids) for g in mine for r in g.responses if "@" in r.source]
-        now.waiting.append({"dropped": dict(paired.dropped), "lengths": lengths})
+        metrics = method.round_metrics(mine, judged) | {name: float(n) for name, n in paired.counted.items()}
+        now.waiting.append({"dropped": dict(paired.dropped), "lengths": lengths, "metrics": metrics})
+        aside += paired.aside
     now.visits += len(taken)
-    return groups
+    return groups, aside
 
 
 def take(prompts: Sequence[Prompt], first: int, count: int, seeds: Seeds) -> list[Prompt]:

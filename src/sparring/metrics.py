@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from sparring import losses
-from sparring.methods.base import LogProbs, Method, Preference
+from sparring.methods.base import LogProbs, Method
+from sparring.methods.preference import Preference
 from sparring.model.parallel import World
 
 COLUMNS = [field.name for field in fields(LogProbs) if field.name not in ("mean_tokens", "kl")]
@@ -30,12 +31,13 @@ def describe(logps: LogProbs, method: Method) -> dict[str, float]:
     if not isinstance(method, Preference):
         return metrics
     if method.cadence(1, 1).reference == "none":
-        ratios = logps.chosen / logps.chosen_tokens, logps.rejected / logps.rejected_tokens
+        ratios = logps.chosen / logps.chosen_tokens, logps.rejected / logps.rejected_tokens.clamp(min=1)
     else:
         ratios = logps.chosen_ratio, logps.rejected_ratio
     rewards = losses.reward_metrics(*ratios, beta=method.strength)
     metrics |= {"logps/rejected": float(logps.rejected.mean()), "tokens/rejected": float(logps.rejected_tokens.mean())}
-    return metrics | {name: float(value) for name, value in rewards.items()}
+    metrics |= {name: float(value) for name, value in rewards.items()}
+    return metrics | {name: float(value.mean()) for name, value in method.metrics(logps).items()}
 
 
 class Tally:

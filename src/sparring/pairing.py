@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from sparring.records import Group, Judgment, Pair, Response, Span
+from sparring.records import Group, Judgment, Pair, Response, Span, Standing
 
 Scored = Callable[[Response], Span]
+TIE = 1e-9  # win rates closer than this are equal
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a round's judging found: the comparisons made, and where a ranking put each response."""
+
+    judgments: list[Judgment]
+    standings: list[Standing] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -17,6 +26,10 @@ class Paired:
 
     pairs: list[Pair]
     dropped: Counter[str] = field(default_factory=Counter)
+    counted: Counter[str] = field(default_factory=Counter)  # what else happened, as names of metrics
+    aside: list[tuple[Group, int, int]] = field(
+        default_factory=list
+    )  # for people to judge: a group, and places of two responses
 
 
 def human_wins(groups: Sequence[Group]) -> list[Judgment]:
@@ -52,6 +65,92 @@ def winner_against_loser(groups: Sequence[Group], judgments: Sequence[Judgment],
 def demonstrations(groups: Sequence[Group]) -> Paired:
     """Each group's first response, to be imitated: a pair without a rejected side."""
     return Paired([_pair(g, g.responses[0], None, lambda r: r.whole, 1.0) for g in groups])
+
+
+def best_of(
+    groups: Sequence[Group],
+    standings: Sequence[Standing],
+    scored: Scored,
+    other: Callable[[Group, int], int] | None = None,
+) -> Paired:
+    """Each group's best response against its last, or against the one that ``other`` picks, given the group and the best's place.
+
+    Dropped: a group of which nothing was judged, one whose best is level with its other (a tie), two equal responses, an empty one.
+    """
+    paired = Paired([])
+    for group, places in zip(groups, by_group(groups, standings), strict=True):
+        ranked = sorted((place for place in places if place.rank is not None), key=lambda place: place.rank or 0)
+        best = ranked[0] if ranked and ranked[0].rank == 0 else None
+        if best is None or best.win_rate is None:
+            paired.dropped["not judged"] += 1
+            continue
+        last = ranked[-1] if other is None else places[other(group, best.place)]
+        if last.place == best.place or (last.win_rate is not None and best.win_rate - last.win_rate < TIE):
+            paired.dropped["tie"] += 1
+            continue
+        paired_off(paired, group, best, last, scored)
+    return paired
+
+
+def all_of(groups: Sequence[Group], standings: Sequence[Standing], scored: Scored) -> Paired:
+    """Every judged response of each group once: best against worst, second against last but one, and so on inwards.
+
+    An odd one in the middle stands against itself, of which nothing is scored, at a win rate of 1/2: that side's loss is 0.
+    """
+    paired = Paired([])
+    for group, places in zip(groups, by_group(groups, standings), strict=True):
+        ranked = sorted(
+            (place for place in places if place.win_rate is not None), key=lambda place: -(place.win_rate or 0.0)
+        )
+        if not ranked:
+            paired.dropped["not judged"] += 1
+        while len(ranked) > 1:
+            paired_off(paired, group, ranked.pop(0), ranked.pop(), scored, ties=True)
+        for place in ranked:
+            response = group.responses[place.place]
+            if not response.text.strip():
+                paired.dropped["empty"] += 1
+                continue
+            rate = place.win_rate if place.win_rate is not None else 0.5
+            alone = _pair(group, response, response, scored, rate)
+            paired.pairs.append(replace(alone, rejected_scored=(0, 0), rejected_win_rate=0.5))
+    return paired
+
+
+def paired_off(
+    paired: Paired, group: Group, best: Standing, last: Standing, scored: Scored, *, ties: bool = False
+) -> None:
+    """Add a pair with both responses' own win rates to ``paired``, or count why not; with ``ties`` equal rates teach as well."""
+    chosen, rejected = group.responses[best.place], group.responses[last.place]
+    reason = useless(chosen, rejected, scored)
+    if reason and not (ties and reason == "equal"):
+        paired.dropped[reason] += 1
+        return
+    pair = _pair(group, chosen, rejected, scored, 1.0 if best.win_rate is None else best.win_rate)
+    paired.pairs.append(replace(pair, rejected_win_rate=0.0 if last.win_rate is None else last.win_rate))
+
+
+def imitated(groups: Sequence[Group], standings: Sequence[Standing]) -> Paired:
+    """Each group's best response, to be imitated; groups of which nothing was judged, or whose best is empty, are dropped."""
+    paired = Paired([])
+    for group, places in zip(groups, by_group(groups, standings), strict=True):
+        best = next((place for place in places if place.rank == 0), None)
+        if best is None:
+            paired.dropped["not judged"] += 1
+        elif not group.responses[best.place].text.strip():
+            paired.dropped["empty"] += 1
+        else:
+            paired.pairs.append(_pair(group, group.responses[best.place], None, lambda r: r.whole, 1.0))
+    return paired
+
+
+def by_group(groups: Sequence[Group], standings: Sequence[Standing]) -> list[list[Standing]]:
+    """The standings of each group, in the order of its responses."""
+    left = iter(standings)
+    found = [[next(left) for _ in group.responses] for group in groups]
+    for group, places in zip(groups, found, strict=True):
+        assert all(place.prompt_id == group.prompt.id for place in places)
+    return found
 
 
 def useless(chosen: Response, rejected: Response, scored: Scored) -> str | None:

@@ -28,6 +28,12 @@ class Bars:
         """Bars on a terminal, a line every ten seconds elsewhere."""
         self.console = Console(file=sys.stderr, highlight=False)
         self.quiet = quiet
+        self._open: list[Tick] = []
+
+    def moved(self, count: int) -> None:
+        """``count`` more of the innermost stage are done."""
+        if self._open:
+            self._open[-1](count)
 
     def say(self, text: str, style: str = "") -> None:
         """A line of its own."""
@@ -36,7 +42,16 @@ class Bars:
 
     @contextmanager
     def stage(self, name: str, total: int | None, done: int = 0, unit: str = "it") -> Iterator[Tick]:
-        """A stage of ``total`` steps (None: nobody knows) of which ``done`` were made before."""
+        """A stage of ``total`` steps (None: nobody knows) of which ``done`` were made before; one may stand inside another."""
+        with self._shown(name, total, done, unit) as tick:
+            self._open.append(tick)
+            try:
+                yield tick
+            finally:
+                self._open.pop()
+
+    @contextmanager
+    def _shown(self, name: str, total: int | None, done: int, unit: str) -> Iterator[Tick]:
         if self.quiet:
             yield lambda count, note="": None
         elif self.console.is_terminal:

@@ -73,6 +73,28 @@ class Judgment:
     b: int
     probability: float | None
     judge: str
+    agree: bool | None = None  # whether both orders of showing the two said the same; None: one was asked
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where a response of a group stands after the comparisons that a ranking asked for."""
+
+    prompt_id: int
+    place: int  # of the response in its group
+    rank: int | None = None  # 0 is the best; None: the ranking did not ask
+    win_rate: float | None = None  # mean probability of beating the group's responses, itself (1/2) included
+    score: float | None = None  # where the judge scores
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A response and where it belongs: what a round's files of responses hold, a row each."""
+
+    prompt_id: int
+    prompt: str
+    place: int
+    response: Response
 
 
 @dataclass(frozen=True, slots=True)

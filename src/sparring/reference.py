@@ -19,13 +19,17 @@ from sparring.records import Pair
 CHUNK = 512  # pairs between two moves of the bar
 
 
-def compute(learner: Learner, pairs: Sequence[Pair], start_fingerprint: str, bars: Bars) -> None:
-    """Let ``learner`` know the reference's log-probs of ``pairs``, from the disk where an earlier run left them."""
+def compute(learner: Learner, pairs: Sequence[Pair], start_fingerprint: str | None, bars: Bars) -> None:
+    """Let ``learner`` know the reference's log-probs of ``pairs``, from the disk where an earlier run left them.
+
+    Without a fingerprint of it the reference is this run's own, and the disk knows nothing of it.
+    """
     if not pairs:
         return
-    file = folder() / f"{_key(learner, pairs, start_fingerprint)}.safetensors"
+    kept = start_fingerprint is not None
+    file = folder() / f"{_key(learner, pairs, start_fingerprint or '')}.safetensors"
     world = learner.roles.world
-    if not world.any(not file.is_file()):
+    if kept and not world.any(not file.is_file()):
         for pair, sums in zip(pairs, load_file(file)["logps"], strict=True):
             learner.roles.known[pair.serial] = sums
         bars.say(f"the reference's log-probs of {len(pairs)} pairs are known from an earlier run: {file}", "dim")
@@ -36,7 +40,7 @@ def compute(learner: Learner, pairs: Sequence[Pair], start_fingerprint: str, bar
             some = [pairs[i] for i in order[start : start + CHUNK]]
             learner.reference_sums(some)
             tick(len(some))
-    if world.main and all(pair.serial in learner.roles.known for pair in pairs):
+    if kept and world.main and all(pair.serial in learner.roles.known for pair in pairs):
         part = file.with_name(f"{file.name}.{os.getpid()}.part")
         try:
             part.parent.mkdir(parents=True, exist_ok=True)

@@ -12,27 +12,29 @@ from typing import Any
 import torch
 
 from sparring import checkpoint, reference
-from sparring.actors.local import LocalWriter
-from sparring.actors.shared import SharedWriter
+from sparring.archive import Archive
 from sparring.buffer import Buffer
-from sparring.card import model_card, save_result
 from sparring.checkpoint import TrainState
 from sparring.config import Config
 from sparring.data.datasets import Loaded, digest, load
 from sparring.interrupt import asked_to_stop
-from sparring.journal import Journal, Run, read_lines, tracker
+from sparring.journal import Journal, Run, tracker
+from sparring.judges.bench import Bench
+from sparring.judges.make import make_judge
 from sparring.learner import Learner
-from sparring.loop import Round, Update, play
-from sparring.methods.base import Context, Method, Writer, reference_goes_first
+from sparring.library import Library
+from sparring.loop import Round, Update, lineage, planned, play
+from sparring.methods.base import Context, Judge, Method, NoJudge, reference_goes_first
 from sparring.model import policy
-from sparring.model.parallel import ALONE, World, lost, whole
+from sparring.model.dry import asked
+from sparring.model.parallel import ALONE, World, lost
 from sparring.model.plan import with_budget
-from sparring.model.roles import Role
 from sparring.model.start import load_start, make_roles
 from sparring.monitor import Monitor
 from sparring.probe import Probe
 from sparring.progress import Bars, Tick
 from sparring.records import Prompt
+from sparring.results import Results
 from sparring.seeds import Seeds
 
 ROLLBACKS = 3  # after so many a run stops: what halving the learning rate did not mend, it will not
@@ -56,12 +58,17 @@ class Session:
         self.config, self.journal, self.bars, self.world = config, journal, bars, world
         self.method: Method = config.method
         device = policy.pick_device(config.model.device)
+        self.judge: Judge = make_judge(config, device, world=world, tick=bars.moved)
+        if self.method.judged and isinstance(self.judge, NoJudge):
+            raise ValueError(
+                f"{self.method.name} needs a judge: add --judge (verifier, reward_model, pairrm, llm, policy, human)"
+            )
         if model is None:
             policy.check_causal(config.model)
         ends = None if model is None else policy.ends_of(model.generation_config)
         self.chat = policy.load_chat(config.model, tokenizer, ends)
         with bars.stage("read", None, unit="rows") as tick:
-            self.loaded: Loaded = load(config.data, self.chat, need=self.method.needs, rows=rows, tick=tick)
+            self.loaded: Loaded = load(config.data, self.chat, need=self.method.wants(), rows=rows, tick=tick)
         self.prompts: Sequence[Prompt] = self.loaded.prompts
         self.dtype_shipped = policy.shipped_dtype(config.model) if model is None else model.dtype
         if config.adapter.use_peft:
@@ -70,9 +77,9 @@ class Session:
         self.max_length = policy.room(about, self.prompts, config.data.max_length)
         training = config.training
         self.updates_per_epoch = math.ceil(len(self.prompts) / training.batch_size)
-        wanted = math.ceil(training.num_train_epochs * self.updates_per_epoch)
+        self.cadence = self.method.cadence(training.batch_size, len(self.prompts))
+        wanted = planned(self.cadence, training, len(self.prompts))
         self.total_steps = training.max_steps if training.max_steps > 0 else wanted
-        self.cadence = self.method.cadence(training.batch_size, self.updates_per_epoch)
         first = reference_goes_first(
             self.method, self.cadence, self.total_steps * training.batch_size, len(self.prompts)
         )
@@ -95,8 +102,23 @@ class Session:
         self.monitor = Monitor(config.monitor, self.state.counters.monitor)
         self.seeds = Seeds(config.run.seed)
         self.tick: Tick = lambda count, note="": None
-        writers = {"policy": self._writer("policy"), "ema": self._writer("ema")}
-        self.context = Context(writers, self.seeds, self.max_length)
+        self.library = Library(
+            config,
+            roles,
+            self.chat,
+            step=lambda: self.state.counters.step,
+            previous=self._model_of_a_round_ago,
+            tick=bars.moved,
+            world=world,
+            device=self.learner.device,
+        )
+        self.context = Context(self.library, self.seeds, self.max_length, self.judge)
+        rows_used = f"{len(self.prompts)} of {self.loaded.rows} rows used"
+        self.results = Results(config, journal, roles, self.chat, world, rows=rows_used, dtype=self.dtype_shipped)
+        count = self.cadence.prompts_per_round or len(self.prompts)
+        shards, requests = math.ceil(count / config.generation.shard_prompts), asked(self.method, 2, self.max_length)[1]
+        folder = journal.folder / "rounds"
+        self.archive = Archive(folder, self._stamp, bars, world, requests=requests, shards=shards)
         self.probe = Probe(self.learner, self.context, self.journal.folder / "probe.json")
         self.tracker = tracker(
             config.run.report_to if world.main else "none",
@@ -147,7 +169,7 @@ class Session:
                 while outcome is None:
                     outcome = self._play(asked)
             if outcome.state == "finished":
-                self._write_result()
+                self.results.finish()
         except OSError as problem:
             words = f"{problem}. Mend it (is the disk full?), then `sparring resume {folder}` goes on"
             self._fail(words)
@@ -168,10 +190,12 @@ class Session:
         self.journal.status("running", now.step, self.total_steps)
         parts = self.method, self.cadence, self.learner, self.context, self.prompts, self.total_steps
         began = time.perf_counter()
-        for event in play(self.state, *parts):
+        for event in play(self.state, *parts, self.archive, self.config.generation.shard_prompts):
             if isinstance(event, Round):
-                if self.reference_first and now.step == 0:
-                    reference.compute(self.learner, self.state.buffer.pairs, self.about["start_fingerprint"], self.bars)
+                if self.reference_first:
+                    self.learner.sealed = False
+                    start = self.about["start_fingerprint"] if now.step == 0 else None
+                    reference.compute(self.learner, self.state.buffer.pairs, start, self.bars)
                     self.learner.sealed = True
                 news = self._log_round(event)
             else:
@@ -182,7 +206,8 @@ class Session:
                     return Run(
                         folder, "interrupted", f"stopped by a signal after update {now.step}: sparring resume {folder}"
                     )
-                if now.step % self.config.run.save_steps == 0 and now.step < self.total_steps:
+                self._keep_model(event)
+                if (now.step % self.config.run.save_steps == 0 or event.last) and now.step < self.total_steps:
                     self._save()
             for text in news:
                 self.bars.say(f"alarm at update {now.step}: {text}", "bold yellow")
@@ -198,8 +223,11 @@ class Session:
 
     def _log_round(self, event: Round) -> list[str]:
         if self.config.run.save_round_records:
-            self.journal.round(event.number, event.groups, event.pairs)
-        metrics = self.monitor.round(event.lengths, len(event.pairs), event.dropped)
+            counted = self.cadence.rounds is not None  # whose responses the archive has
+            self.journal.round(event.number, [] if counted else event.groups, event.pairs)
+        metrics = self.monitor.round(event.lengths, len(event.pairs), event.dropped) | event.metrics
+        if self.cadence.rounds is not None:
+            self._tell(event)
         return self._log({"round": event.number, "step": self.state.counters.step} | metrics, metrics)
 
     def _log_update(self, event: Update, seconds: float) -> list[str]:
@@ -233,33 +261,40 @@ class Session:
         self.restore()
         now = self.state.counters
         now.rollbacks, now.rate_scale = rollbacks, scale
+        self.results.forget(now.round, now.step)
         self.tick(now.step - before)
         self.bars.say(f"rolled back from update {before} to {now.step}, learning rate times {scale:g}", "bold yellow")
         self.journal.metrics({"step": now.step, "rolled_back_from": before, "rate_scale": scale, "alarms": list(news)})
 
-    def _write_result(self) -> None:
-        lines = read_lines(self.journal.folder / "metrics.jsonl")
-        last: dict[str, Any] = next((line for line in reversed(lines) if "loss" in line), {})
-        rows = f"{len(self.prompts)} of {self.loaded.rows} rows used"
-        _, about = self.journal.configuration()
-        kept = self.learner.roles.kept()
-        artefacts = [("model", kept["policy"], "The policy")]
-        if "ema" in kept:
-            artefacts.append(("model_ema", kept["ema"], "The EMA of the policy"))
-        for name, model, what in reversed(artefacts):  # the policy last: its folder says that the run is finished
-            tensors = whole(model, self.world)
-            if not self.world.main:
-                continue
-            save_result(
-                self.journal.folder / name,
-                model,
-                tensors,
-                self.chat.tokenizer,
-                card=model_card(self.config, about=about, rows=rows, figures=last, what=what),
-                dtype=self.dtype_shipped,
-                end_ids=self.chat.end_ids,
-                pad_id=self.chat.pad_id,
-            )
+    def _tell(self, event: Round) -> None:
+        """Write down and say what the round starts from, what its reference is, and which rounds' data it trains on."""
+        about = lineage(self.method, self.cadence, self.learner.config, self.state)
+        self.journal.lineage(event.number, about)
+        rounds = ", ".join(str(number + 1) for number in about["data_of_rounds"])
+        self._say(
+            f"round {event.number + 1} of {self.cadence.rounds}: {len(event.pairs)} pairs; initialised from "
+            f"{about['initialised_from']}; reference: {about['reference']}; data of rounds {rounds}"
+        )
+        if isinstance(self.judge, Bench):
+            self.journal.timing({"step": self.state.counters.step, "round": event.number, "judge": self.judge.bill()})
+
+    def _keep_model(self, event: Update) -> None:
+        """The policy as it is, where it is to be kept: at a round's end, and at shares of the run."""
+        run, now = self.config.run, self.state.counters
+        if event.last and run.keep_round_models:
+            self.results.on_the_way(f"round-{now.round:05d}", f"The policy after round {now.round}")
+        if now.step in {math.ceil(share * self.total_steps) for share in run.keep_models_at or ()}:
+            self.results.on_the_way(f"step-{now.step:06d}", f"The policy after update {now.step}")
+
+    def _model_of_a_round_ago(self) -> str | None:
+        """Where the policy as the last round found it lies; None: it was the start."""
+        number = self.state.counters.round - 1
+        return str(self.journal.folder / "models" / f"round-{number:05d}") if number > 0 else None
+
+    def _stamp(self) -> str:
+        """What responses and judgments of now depend on, besides the run's configuration."""
+        now = self.state.counters
+        return f"update {now.step}, learning rate times {now.rate_scale:g}"
 
     def _fail(self, message: str) -> None:
         """Note a failure, if the disk still takes a note."""
@@ -267,19 +302,6 @@ class Session:
             self.journal.status("failed", self.state.counters.step, self.total_steps, message)
         except OSError as problem:
             self.bars.say(f"status.json could not be written: {problem}", "red")
-
-    def _writer(self, role: Role) -> Writer:
-        kept = self.learner.roles.kept()
-        name = role if role in kept else "policy"
-        writer = LocalWriter(
-            lambda: self.learner.roles.playing(role, alone=True),
-            source=lambda: f"{name}@{self.state.counters.step}",
-            decode=self.chat.decode,
-            end_ids=self.chat.end_ids,
-            pad_id=self.chat.pad_id,
-            batch_size=self.config.generation.generation_batch_size,
-        )
-        return writer if self.world.size == 1 else SharedWriter(writer, self.world, self.learner.device)
 
     def _say(self, text: str) -> None:
         self.bars.say(text, "dim")

@@ -7,10 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-from sparring import losses
-from sparring.keys import key
-from sparring.pairing import Paired
-from sparring.records import Group, Judgment, Prompt, Response, Tokens
+from sparring.pairing import Judged, Paired
+from sparring.records import Group, Prompt, Response, Tokens
 from sparring.seeds import Seeds
 
 if TYPE_CHECKING:
@@ -75,6 +73,7 @@ class Verdict:
 
     probability: float | None  # that a beats b; None: it could not be judged
     agree: bool | None = None  # whether both orders of showing the two said the same; None: one was asked
+    by: str | None = None  # who judged instead: people overrule a judge
 
 
 class Judge(Protocol):
@@ -89,6 +88,16 @@ class Judge(Protocol):
         """One verdict for each comparison, in order."""
         ...
 
+    @property
+    def scores(self) -> bool:
+        """Whether it scores a response by itself."""
+        ...
+
+    @property
+    def scale(self) -> float:
+        """P(a beats b) = sigmoid(scale (score of a - score of b)), where it scores."""
+        ...
+
     def score(self, asked: Sequence[tuple[Prompt, Response]]) -> list[float | None]:
         """Each response's own score, in order; None: it could not be judged. ValueError where the judge only compares."""
         ...
@@ -98,6 +107,8 @@ class NoJudge:
     """Nobody: a method that needs a judge says so."""
 
     name = "none"
+    scores = False
+    scale = 1.0
 
     def compare(self, asked: Sequence[Comparison]) -> list[Verdict]:
         """Raise ValueError."""
@@ -123,10 +134,13 @@ class Context:
 class Cadence:
     """What a method asks of the loop. Counts are of prompts, pairs and optimizer updates."""
 
+    rounds: int | None = None  # None: as many as the updates need; else a round's updates go over its pairs
     prompts_per_round: int | None = None  # None: all of them
     updates_per_round: int | None = None  # None: the one round has all updates
     generate_ahead: int = 1  # rounds whose responses are generated together
     buffer_size: int | None = None  # pairs that stay; None: all; 0: the round's own
+    buffer_rounds: int | None = None  # rounds whose pairs stay; None: buffer_size alone says
+    pairs_per_prompt: int = 1  # at most
     draw: Literal["replay", "epochs"] = (
         "epochs"  # replay: weight 1/(times drawn + 1); epochs: each once before any twice
     )
@@ -134,6 +148,8 @@ class Cadence:
     ema_every: int = 1
     reference: Literal["none", "initial", "ema", "policy"] = "initial"  # what the reference is copied from
     reference_every: int | None = None  # None: never after the start
+    reference_at_round: bool = False  # it is copied anew when a round has its pairs
+    fresh_start: bool = False  # each round has optimizer and learning-rate schedule of its own
 
 
 @dataclass(frozen=True)
@@ -174,21 +190,44 @@ class Method(ABC):
     needs: ClassVar[Literal["prompts", "responses", "pairs"]]
     defaults: ClassVar[Mapping[str, Any]] = {}  # the vetted values of other parts' keys
     mismatched: ClassVar[bool] = False  # wants LogProbs.kl
+    judged: ClassVar[bool] = False  # needs a judge
+    sides: ClassVar[int] = 2  # responses of a pair: a demonstration has one
+    written: ClassVar[int] = 1  # of them at most so many are written in the round
 
     @abstractmethod
-    def cadence(self, batch_size: int, updates_per_epoch: int) -> Cadence:
-        """How the loop is to run for updates of ``batch_size`` pairs."""
+    def cadence(self, batch_size: int, prompts: int) -> Cadence:
+        """How the loop is to run for updates of ``batch_size`` pairs, over a data set of so many prompts."""
+
+    def wants(self) -> Literal["prompts", "responses", "pairs"]:
+        """What each row of the data has to hold."""
+        return self.needs
+
+    def in_round(self, number: int) -> Method:
+        """The method as it stands in a round, where its settings change from one to the next."""
+        return self
+
+    def rate(self, number: int) -> float | None:
+        """The round's own peak learning rate; None: learning_rate."""
+        return None
+
+    def round_metrics(self, groups: Sequence[Group], judged: Judged) -> dict[str, float]:
+        """What the method itself measures of a round's responses and judgments."""
+        return {}
+
+    def metrics(self, logps: LogProbs) -> dict[str, Tensor]:
+        """What the method itself measures of an update's pairs, each [B]; their means are logged."""
+        return {}
 
     @abstractmethod
     def respond(self, prompts: Sequence[Prompt], visit: int, context: Context) -> list[Group]:
         """The responses to ``prompts``, which are numbers ``visit``, ``visit + 1``, ... of the run's stream of prompts."""
 
     @abstractmethod
-    def judge(self, groups: Sequence[Group], context: Context) -> list[Judgment]:
+    def judge(self, groups: Sequence[Group], context: Context) -> Judged:
         """Which responses are better."""
 
     @abstractmethod
-    def pair(self, groups: Sequence[Group], judgments: Sequence[Judgment]) -> Paired:
+    def pair(self, groups: Sequence[Group], judged: Judged, context: Context) -> Paired:
         """The pairs to train on."""
 
     @abstractmethod
@@ -196,52 +235,16 @@ class Method(ABC):
         """The loss's weighted terms by name, each [B]; the loss is their sum."""
 
 
-@dataclass(frozen=True)
-class Preference(Method):
-    """A method whose loss is ``preference_weight * preference + nll_weight * NLL(chosen)``."""
-
-    beta: float | None = key(0.1, "Strength of the preference term", above=0)
-    preference_weight: float = key(1.0, "Weight of the preference term", least=0)
-    nll_weight: float | None = key(
-        None,
-        "Weight of the chosen response's token-mean NLL; none: the method's own, 1 with an odds ratio, else 0",
-        least=0,
-    )
-
-    @abstractmethod
-    def preference(self, logps: LogProbs) -> Tensor:
-        """The preference term of each pair, [B]."""
-
-    def terms(self, logps: LogProbs) -> dict[str, Tensor]:
-        """Preference and NLL, each with its weight; a term of weight 0 is not computed."""
-        terms = {}
-        if self.preference_weight:
-            terms["preference"] = self.preference_weight * self.preference(logps)
-        nll_weight = self.own_nll_weight() if self.nll_weight is None else self.nll_weight
-        if nll_weight:
-            terms["nll"] = nll_weight * losses.nll(logps.chosen_whole, logps.chosen_whole_tokens)
-        return terms
-
-    def own_nll_weight(self) -> float:
-        """The method's own weight of the NLL."""
-        return 0.0
-
-    def own_beta(self) -> float:
-        """The method's own strength, where ``beta`` is none."""
-        return 0.1
-
-    @property
-    def strength(self) -> float:
-        """beta, or the method's own."""
-        return self.own_beta() if self.beta is None else self.beta
-
-
 def reference_goes_first(method: Method, cadence: Cadence, uses: int | None = None, pairs: int = 0) -> bool:
-    """Whether all that the reference will be asked is known before the first update, when it is still the policy.
+    """Whether all that the reference will be asked in a round is known before its first update, when it is still the policy.
 
     Then its log-probs can be computed first, and it need not stay in memory. It does not pay where the run ``uses`` fewer pairs
     than there are.
     """
+    if method.mismatched:
+        return False
+    if cadence.rounds is not None:
+        return cadence.reference_at_round or (cadence.rounds == 1 and cadence.reference == "initial")
     once = cadence.prompts_per_round is None and cadence.updates_per_round is None
     given = method.needs == "pairs" and once and cadence.reference == "initial"
-    return given and not method.mismatched and (uses is None or uses >= pairs)
+    return given and (uses is None or uses >= pairs)

@@ -6,14 +6,15 @@ One round holds the whole data set, already judged; the reference is the startin
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from sparring import losses
 from sparring.keys import key
-from sparring.methods.base import Cadence, Context, LogProbs, Method, Preference
-from sparring.pairing import Paired, demonstrations, human_wins, winner_against_loser
-from sparring.records import Group, Judgment, Prompt
+from sparring.methods.base import Cadence, Context, LogProbs, Method
+from sparring.methods.preference import Preference
+from sparring.pairing import Judged, Paired, demonstrations, human_wins, winner_against_loser
+from sparring.records import Group, Prompt
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,9 +28,10 @@ class SFT(Method):
     title: ClassVar[str] = "Supervised fine-tuning"
     paper: ClassVar[str] = "2109.01652"
     needs: ClassVar[Literal["responses"]] = "responses"
+    sides: ClassVar[int] = 1
     defaults: ClassVar[Mapping[str, Any]] = {"learning_rate": 2e-5, "lr_scheduler_type": "cosine"}
 
-    def cadence(self, batch_size: int, updates_per_epoch: int) -> Cadence:
+    def cadence(self, batch_size: int, prompts: int) -> Cadence:
         """One round of everything, without a reference."""
         return Cadence(reference="none")
 
@@ -37,11 +39,11 @@ class SFT(Method):
         """The person's response."""
         return [Group(p, (p.human,)) for p in prompts if p.human]
 
-    def judge(self, groups: Sequence[Group], context: Context) -> list[Judgment]:
+    def judge(self, groups: Sequence[Group], context: Context) -> Judged:
         """Nothing to judge."""
-        return []
+        return Judged([])
 
-    def pair(self, groups: Sequence[Group], judgments: Sequence[Judgment]) -> Paired:
+    def pair(self, groups: Sequence[Group], judged: Judged, context: Context) -> Paired:
         """Demonstrations: pairs without a rejected side."""
         return demonstrations(groups)
 
@@ -58,21 +60,21 @@ class Offline(Preference):
     needs: ClassVar[Literal["pairs"]] = "pairs"
     reference_free: ClassVar[bool] = False
 
-    def cadence(self, batch_size: int, updates_per_epoch: int) -> Cadence:
+    def cadence(self, batch_size: int, prompts: int) -> Cadence:
         """One round of everything; the reference is the start."""
-        return Cadence(reference="none" if self.reference_free else "initial")
+        return Cadence(reference="none" if self.reference_free and not self.budgeted else "initial")
 
     def respond(self, prompts: Sequence[Prompt], visit: int, context: Context) -> list[Group]:
         """The data set's two responses."""
         return [Group(p, (p.human, p.rejected)) for p in prompts if p.human and p.rejected]
 
-    def judge(self, groups: Sequence[Group], context: Context) -> list[Judgment]:
+    def judge(self, groups: Sequence[Group], context: Context) -> Judged:
         """The data set's own judgment: its chosen response stands first."""
-        return human_wins(groups)
+        return Judged(human_wins(groups))
 
-    def pair(self, groups: Sequence[Group], judgments: Sequence[Judgment]) -> Paired:
+    def pair(self, groups: Sequence[Group], judged: Judged, context: Context) -> Paired:
         """As given, scored whole."""
-        return winner_against_loser(groups, judgments, lambda response: response.whole)
+        return winner_against_loser(groups, judged.judgments, lambda response: response.whole)
 
 
 @dataclass(frozen=True)
@@ -192,3 +194,43 @@ class DPOP(Offline):
     def preference(self, logps: LogProbs) -> Tensor:
         """-logsigmoid(beta (h - lambda max(0, -log-ratio of chosen)))."""
         return losses.dpop(logps.chosen_ratio, logps.rejected_ratio, beta=self.strength, dpop_lambda=self.dpop_lambda)
+
+
+@dataclass(frozen=True)
+class SPPOOffline(Offline):
+    """SPPO's loss on given pairs that carry their win rates (arXiv 2405.00675)."""
+
+    name: ClassVar[str] = "sppo_offline"
+    title: ClassVar[str] = "Self-Play Preference Optimization on given pairs"
+    paper: ClassVar[str] = "2405.00675"
+    defaults: ClassVar[Mapping[str, Any]] = {"learning_rate": 5e-7, "optim": "rmsprop"}
+    beta: float = key(0.001, "1/eta: the target log-ratio is (win rate - 1/2)/beta", above=0)
+
+    def pair(self, groups: Sequence[Group], judged: Judged, context: Context) -> Paired:
+        """As given; chosen_probs_win and chosen_probs_lose are the two responses' win rates. ValueError for a row without them."""
+        paired = super().pair(groups, judged, context)
+        rates = {group.prompt.id: win_rates(group.prompt) for group in groups}
+        pairs = []
+        for pair in paired.pairs:
+            win, lose = rates[pair.prompt_id]
+            pairs.append(replace(pair, chosen_win_rate=win, rejected_win_rate=lose))
+        return replace(paired, pairs=pairs)
+
+    def preference(self, logps: LogProbs) -> Tensor:
+        """1/2 [(lw - (P(w) - 1/2)/beta)^2 + (ll - (P(l) - 1/2)/beta)^2], eq. 4.7."""
+        ratios = logps.chosen_ratio, logps.rejected_ratio
+        return losses.sppo(*ratios, logps.chosen_win_rate, logps.rejected_win_rate, beta=self.strength)
+
+
+def win_rates(prompt: Prompt) -> tuple[float, float]:
+    """A row's chosen_probs_win and chosen_probs_lose; ValueError where one is not there, or no probability."""
+    found = []
+    for column in ("chosen_probs_win", "chosen_probs_lose"):
+        value = prompt.row.get(column)
+        if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise ValueError(
+                f"row {prompt.id}: {column} is {value!r}: sppo_offline needs both responses' win rates, from 0 to 1; "
+                "`sparring pairs` writes them, and dpo does without"
+            )
+        found.append(float(value))
+    return found[0], found[1]

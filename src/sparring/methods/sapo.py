@@ -5,6 +5,7 @@ Not Soft Adaptive Policy Optimization (arXiv 2511.20347), which shares the acron
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,9 +13,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from sparring import losses
 from sparring.keys import key
-from sparring.methods.base import Cadence, Context, LogProbs, Preference, Request, Sampling
-from sparring.pairing import Paired, human_wins, winner_against_loser
-from sparring.records import Group, Judgment, Prompt, Response, Span
+from sparring.methods.base import Cadence, Context, LogProbs, Request, Sampling
+from sparring.methods.preference import Preference
+from sparring.pairing import Judged, Paired, human_wins, winner_against_loser
+from sparring.records import Group, Prompt, Response, Span
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,7 +65,7 @@ class SAPO(Preference):
     top_p: float = key(0.95, "Nucleus of the rewriting", above=0, most=1)
     top_k: int = key(50, "Likeliest tokens the rewriting draws from; 0: all", unit="tokens", least=0)
 
-    def cadence(self, batch_size: int, updates_per_epoch: int) -> Cadence:
+    def cadence(self, batch_size: int, prompts: int) -> Cadence:
         """A round is ``generate_every`` updates, and rewrites one batch of prompts."""
         return Cadence(
             prompts_per_round=batch_size,
@@ -73,8 +75,8 @@ class SAPO(Preference):
             draw="replay",
             ema_decay=self.ema_decay,
             ema_every=self.ema_every,
-            reference="none" if self.loss_type == "orpo" else self.reference,
-            reference_every=self.reference_every or updates_per_epoch,
+            reference="none" if self.loss_type == "orpo" and not self.budgeted else self.reference,
+            reference_every=self.reference_every or math.ceil(prompts / batch_size),
         )
 
     def respond(self, prompts: Sequence[Prompt], visit: int, context: Context) -> list[Group]:
@@ -119,13 +121,13 @@ class SAPO(Preference):
         start = draw.randint(0, max(0, length - 3 - tokens))
         return start, length if self.regenerate == "rest" else start + tokens
 
-    def judge(self, groups: Sequence[Group], context: Context) -> list[Judgment]:
+    def judge(self, groups: Sequence[Group], context: Context) -> Judged:
         """The human response wins."""
-        return human_wins(groups)
+        return Judged(human_wins(groups))
 
-    def pair(self, groups: Sequence[Group], judgments: Sequence[Judgment]) -> Paired:
+    def pair(self, groups: Sequence[Group], judged: Judged, context: Context) -> Paired:
         """Human against rewriting; rewritings equal to the human text are dropped."""
-        return winner_against_loser(groups, judgments, self.scored)
+        return winner_against_loser(groups, judged.judgments, self.scored)
 
     def scored(self, response: Response) -> Span:
         """The tokens whose log-probs enter the preference term."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import fields
 
@@ -40,6 +41,6 @@ def asked(method: Method, sequence: int, max_length: int) -> tuple[int, int, int
     half, writer = sequence // 2, _Asked()
     human, other = (Response("", tokens([side] * half), "human") for side in (2, 3))
     prompt = Prompt(0, "", tokens([0] * (sequence - half)), human, other)
-    groups = method.respond([prompt], 0, Context({"policy": writer, "ema": writer}, Seeds(0), max_length))
+    method.respond([prompt], 0, Context(defaultdict(lambda: writer), Seeds(0), max_length))
     longest = max((len(r.token_ids) + r.max_new_tokens for r in writer.requests), default=0)
-    return min(2, len(groups[0].responses)), len(writer.requests), longest
+    return method.sides, len(writer.requests), longest

@@ -83,7 +83,7 @@ def _hidden(model: Any) -> list[Any]:
     return [p for p in model.parameters() if p.requires_grad and p.ndim == 2 and id(p) not in outer]
 
 
-def learning_rate(step: int, total: int, config: TrainingConfig) -> float:
+def learning_rate(step: float, total: float, config: TrainingConfig) -> float:
     """The learning rate of update ``step`` (from 0) of ``total``: linear warm-up, then the schedule's shape."""
     warmup = config.warmup_steps or math.ceil(config.warmup_ratio * total)
     kind = config.lr_scheduler_type

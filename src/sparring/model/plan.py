@@ -187,16 +187,21 @@ def lengths_of(
 ) -> Lengths:
     """The lengths of ``prompts`` under ``method``; a response still to be written may fill ``max_length``."""
     sides, writes, _ = asked(method, 2, max_length)
-    known = {p.id: [r.token_ids for r in (p.human, p.rejected) if r][:sides] for p in prompts}
+    given = sides - min(sides, method.written) if writes else sides  # responses of a pair that the data hold
+    known = {p.id: [r.token_ids for r in (p.human, p.rejected) if r][:given] for p in prompts}
     sequence = max((len(p.token_ids) + max(map(len, known[p.id]), default=0) for p in prompts), default=sequence)
+    if writes and not given and prompts:  # what is trained on is all written
+        longest = [asked(method, 2 * len(p.token_ids), max_length)[2] for p in prompts[:1]]
+        room = longest[0] - len(prompts[0].token_ids)
+        sequence = max(min(len(p.token_ids) + room, max_length) for p in prompts)
     if not prompts and sides > 1:
         return Lengths(sequence, 2 * max_length, f"pairs of up to two times max_length {max_length}")
     if sides == 1:
         return Lengths(sequence, sequence, f"a longest sequence of {sequence} tokens")
     if writes:
-        pair, row = max((sum(map(len, known[p.id][:1])) + max_length, p.id) for p in prompts)
+        pair, row = max((sum(map(len, known[p.id])) + (sides - given) * sequence, p.id) for p in prompts)
         return Lengths(
-            sequence, pair, f"row {row}, whose pair may have {pair} tokens, the one to be written up to max_length"
+            sequence, pair, f"row {row}, whose pair may have {pair} tokens, what is to be written up to its limit"
         )
     pair, row = max((packed_size(Group(p.token_ids, known[p.id]), share=share), p.id) for p in prompts)
     return Lengths(sequence, pair, f"row {row}, whose pair has {pair} tokens")

@@ -1,0 +1,62 @@
+"""A judge's answers on the disk, so that a resumed or repeated round pays once."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sqlite3
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+AT_ONCE = 500  # keys in one query
+
+
+class Cache:
+    """Answers by key; each is on the disk when ``keep`` returns, and survives a kill."""
+
+    def __init__(self, file: Path) -> None:
+        """In ``file``, which may be new; several runs may share it."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self._store = sqlite3.connect(file, timeout=60.0, isolation_level=None)
+        self._store.execute("PRAGMA journal_mode=WAL")
+        self._store.execute("PRAGMA synchronous=NORMAL")
+        self._store.execute(
+            "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer REAL NOT NULL) WITHOUT ROWID"
+        )
+
+    def known(self, keys: Iterable[str]) -> dict[str, float]:
+        """The answers there are."""
+        wanted = list(keys)
+        found: dict[str, float] = {}
+        for first in range(0, len(wanted), AT_ONCE):
+            some = wanted[first : first + AT_ONCE]
+            marks = ",".join("?" * len(some))
+            found.update(
+                self._store.execute(f"SELECT key, answer FROM answers WHERE key IN ({marks})", some).fetchall()
+            )
+        return found
+
+    def keep(self, answers: Mapping[str, float]) -> None:
+        """Write answers down."""
+        self._store.execute("BEGIN")
+        self._store.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?)", list(answers.items()))
+        self._store.execute("COMMIT")
+
+    def close(self) -> None:
+        """Let the file go."""
+        self._store.close()
+
+
+def folder() -> Path:
+    """Where judges' answers are kept: ``$SPARRING_CACHE/judgments``, by default under ``~/.cache/sparring``."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("SPARRING_CACHE") or Path(cache) / "sparring") / "judgments"
+
+
+def key_of(identity: str, texts: Sequence[str]) -> str:
+    """A digest of a judge and of what it is shown, in the order of showing."""
+    digest = hashlib.blake2b(digest_size=20)
+    for text in (identity, *texts):
+        data = text.encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "big") + data)
+    return digest.hexdigest()

@@ -1,0 +1,74 @@
+"""The judge that a configuration names, on its bench."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from sparring.config import Config
+from sparring.judges.base import Pairwise, Scoring
+from sparring.judges.bench import Bench
+from sparring.judges.cache import Cache, folder
+from sparring.methods.base import Comparison, Judge, NoJudge
+from sparring.model.parallel import ALONE, World
+from sparring.seeds import Seeds
+
+
+def make_judge(
+    config: Config,
+    device: torch.device,
+    *,
+    policy: Callable[[], Pairwise] | None = None,
+    world: World = ALONE,
+    tick: Callable[[int], None] = lambda done: None,
+) -> Judge:
+    """The bench with the judge of ``config``; nobody where none is named.
+
+    ``policy`` makes the judge that the policy itself is. Raises ValueError for a judge without what it needs.
+    """
+    keys = config.judging
+    override = None
+    if keys.human_labels and keys.judge != "human":
+        from sparring.judges.human import labels
+
+        said = labels(keys.human_labels)
+
+        def override(each: Comparison) -> float | None:
+            return said.of(each.prompt.question or each.prompt.text, each.a.text, each.b.text)
+
+    if keys.judge is None:
+        if override is not None:
+            raise ValueError("human_labels overrule a judge, and there is none: add --judge human, or another")
+        return NoJudge()
+    judge = _made(config, device, policy, world)
+    return Bench(
+        judge,
+        orders=keys.judge_orders,
+        scale=keys.judge_scale,
+        seeds=Seeds(config.run.seed),
+        cache=Cache(folder() / "answers.sqlite") if keys.judge_cache and world.main else None,
+        override=override,
+        world=world,
+        device=device,
+        tick=tick,
+    )
+
+
+def _made(
+    config: Config, device: torch.device, policy: Callable[[], Pairwise] | None, world: World
+) -> Pairwise | Scoring:
+    keys = config.judging
+
+    def needed(name: str) -> Any:
+        value = getattr(keys, name)
+        if value is None:
+            raise ValueError(f"judge is {keys.judge}, which needs {name}: add --{name}")
+        return value
+
+    if keys.judge == "verifier":
+        from sparring.judges.verifier import VerifierJudge
+
+        return VerifierJudge(needed("verifier"), timeout=keys.verifier_timeout, processes=keys.judge_concurrency)
+    raise ValueError(f"judge {keys.judge} is not there yet")

@@ -1,0 +1,107 @@
+"""Everyone who can write responses in a run: the policy, its EMA, what it was a round ago, the start, other models."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparring.actors.local import LocalWriter
+from sparring.actors.shared import SharedWriter
+from sparring.config import Config
+from sparring.data.chat import Chat
+from sparring.methods.base import Writer
+from sparring.model import policy
+from sparring.model.parallel import World
+from sparring.model.roles import Role, Roles
+from sparring.model.start import computed_in
+
+ROLES: tuple[Role, ...] = ("policy", "ema")
+
+
+class Library(Mapping[str, Writer]):
+    """Writers by name: ``policy``, ``ema``, ``previous``, ``start``, or a model's folder or name on the hub.
+
+    A model that is no role of the run is loaded when it writes and leaves memory after, so that one is there at a time.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        roles: Roles,
+        chat: Chat,
+        *,
+        step: Callable[[], int],
+        previous: Callable[[], str | None],
+        tick: Callable[[int], None],
+        world: World,
+        device: torch.device,
+    ) -> None:
+        """``step`` says how many updates are behind the policy, ``previous`` where that of a round ago lies (None: the start)."""
+        self._config, self._roles, self._chat = config, roles, chat
+        self._step, self._previous, self._tick = step, previous, tick
+        self._world, self._device = world, device
+        self._known: dict[str, Writer] = {role: self._role(role) for role in ROLES}
+
+    def __getitem__(self, name: str) -> Writer:
+        """The writer of that name; ValueError where there is no such model."""
+        if name == "previous":
+            return self._loaded(self._previous() or self._config.model.model_name_or_path, "previous")
+        if name not in self._known:
+            self._known[name] = self._loaded(self._config.model.model_name_or_path if name == "start" else name, name)
+        return self._known[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """The names that are known so far."""
+        return iter(self._known)
+
+    def __len__(self) -> int:
+        """How many those are."""
+        return len(self._known)
+
+    def _role(self, role: Role) -> Writer:
+        name = role if role in self._roles.kept() else "policy"
+        return self._local(lambda: self._roles.playing(role, alone=True), lambda: f"{name}@{self._step()}")
+
+    def _loaded(self, where: str, name: str) -> Writer:
+        about = self._config.model
+        if where != about.model_name_or_path:
+            about = replace(about, model_name_or_path=where, model_revision="main")
+        own = self._chat.tokenizer.get_vocab()
+        if where != self._config.model.model_name_or_path and policy.load_tokenizer(about).get_vocab() != own:
+            raise ValueError(
+                f"{where} has another tokenizer than {self._config.model.model_name_or_path}: its tokens mean something else here. "
+                "Use a model of the same family"
+            )
+
+        @contextmanager
+        def playing() -> Iterator[Any]:
+            dtype = computed_in(self._config)
+            model = policy.load_model(about, self._device, dtype).eval()
+            try:
+                yield model
+            finally:
+                del model
+                gc.collect()
+                if self._device.type == "cuda":
+                    torch.cuda.empty_cache()
+
+        label = f"{name}@{Path(where).name}" if name == "previous" else f"{name}@0"
+        return self._local(playing, lambda: label)
+
+    def _local(self, playing: Callable[[], Any], source: Callable[[], str]) -> Writer:
+        writer = LocalWriter(
+            playing,
+            source=source,
+            decode=self._chat.decode,
+            end_ids=self._chat.end_ids,
+            pad_id=self._chat.pad_id,
+            batch_size=self._config.generation.generation_batch_size,
+            tick=self._tick,
+        )
+        return writer if self._world.size == 1 else SharedWriter(writer, self._world, self._device)
