@@ -96,7 +96,7 @@ def test_regenerate_response_is_the_no_segment_ablation() -> None:
 def test_what_is_scored_is_a_choice(score: str, chosen: tuple[int, int], rejected: tuple[int, int]) -> None:
     method = SAPO(segment_tokens=4, score=score)  # type: ignore[arg-type]
     group, script = rewrite(method, [40, END], start=2)
-    (made,) = method.pair([group], method.judge([group], context(script))).pairs
+    (made,) = method.pair([group], method.judge([group], context(script)), context(script)).pairs
     assert (made.chosen_scored, made.rejected_scored) == (chosen, rejected)
 
 
@@ -162,11 +162,11 @@ def test_the_two_weights_scale_their_own_term() -> None:
 
 
 def test_the_ablations_are_settings() -> None:
-    on_policy = SAPO(ema_decay=0.0, buffer_size=0).cadence(8, 5)
+    on_policy = SAPO(ema_decay=0.0, buffer_size=0).cadence(8, 40)
     assert (on_policy.ema_decay, on_policy.buffer_size) == (0.0, 0)
-    assert SAPO(loss_type="orpo").cadence(8, 5).reference == "none"
-    assert SAPO().cadence(8, 5).reference_every == 5  # none: an epoch
-    assert SAPO(reference_every=108).cadence(8, 5).reference_every == 108
+    assert SAPO(loss_type="orpo").cadence(8, 40).reference == "none"
+    assert SAPO().cadence(8, 40).reference_every == 5  # none: an epoch
+    assert SAPO(reference_every=108).cadence(8, 40).reference_every == 108
 
 
 @pytest.mark.parametrize("regenerate", ["segment", "rest", "response"])
@@ -212,7 +212,7 @@ def test_the_scored_spans_of_every_form(regenerate: str, score: str) -> None:
     method = SAPO(segment_tokens=4, regenerate=regenerate, score=score)  # type: ignore[arg-type]
     start = 0 if regenerate == "response" else 2
     group, script = rewrite(method, [40, 41, END], start=start)  # an end of turn in B': no tail in any form
-    (made,) = method.pair([group], method.judge([group], context(script))).pairs
+    (made,) = method.pair([group], method.judge([group], context(script)), context(script)).pairs
     stop = 6 if regenerate == "segment" else 10
     expected = {
         "response": ((0, 10), (0, start + 3)),
@@ -227,6 +227,6 @@ def test_a_segment_s_preference_ignores_the_tail_and_the_response_s_does_not() -
     spans = {}
     for score in ("response", "segment", "to_segment_end"):
         method = SAPO(segment_tokens=4, score=score)  # type: ignore[arg-type]
-        (made,) = method.pair([group], method.judge([group], context(script))).pairs
+        (made,) = method.pair([group], method.judge([group], context(script)), context(script)).pairs
         spans[score] = made.rejected_scored
     assert spans == {"response": (0, 8), "segment": (2, 4), "to_segment_end": (0, 4)}  # 2 + 2 written + 4 of the tail
