@@ -15,7 +15,7 @@ from sparring.actors.local import LocalWriter
 from sparring.config import Config
 from sparring.data.chat import Chat
 from sparring.data.packing import Group
-from sparring.judges.verifier import Verifier
+from sparring.judges.verifier import Verifier, arguments
 from sparring.keys import key
 from sparring.methods.base import Request, Sampling
 from sparring.model import policy
@@ -93,8 +93,7 @@ def evaluate(
         samples = []
         for prompt, writing in zip(prompts, writer.write(requests, how), strict=True):
             text = writer.text(writing.token_ids)
-            row = {**prompt.row, "finished": writing.finished}
-            score = None if verify is None else float(verify(prompt.text, text, row))
+            score = None if verify is None else float(verify(*arguments(prompt, text, writing.finished)))
             samples.append(Sample(prompt, text, len(writing.token_ids), writing.finished, score))
         return samples
 
