@@ -77,7 +77,7 @@ class GenerationConfig:
     )
     server_urls: str | None = key(None, "Servers that run already: http://localhost:8000/v1, several with commas")
     server_command: str | None = key(
-        None, "A server that is started for each round and stopped after it: vllm serve {model} --port {port}"
+        None, "Starts a server for each round: vllm serve {model} --host {host} --port {port}"
     )
     server_model: str | None = key(None, "The model's name at the server; none: the first that it lists")
     server_api_key_env: str = key("SPARRING_SERVER_API_KEY", "Environment variable that holds the servers' key, if any")

@@ -129,6 +129,10 @@ class Chat:
 
         return [made(text) if isinstance(text, str) else text for text in texts]
 
+    def continuation(self, text: str) -> list[int]:
+        """The tokens of a text that follows a prompt, with no end of turn."""
+        return self._continue([text])[0]
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ``ids`` without special tokens and ends of turn."""
         kept = [i for i in ids if i not in self.end_ids]
