@@ -104,7 +104,7 @@ def test_a_rewriting_equal_to_the_human_text_is_dropped_and_counted() -> None:
     method = SAPO(segment_tokens=4)
     same, script = rewrite(method, [12, 13, 14, 15], start=2)
     other, _ = rewrite(method, [12, 13, 14, 40], start=2)
-    made = method.pair([same, other], method.judge([same, other], context(script)))
+    made = method.pair([same, other], method.judge([same, other], context(script)), context(script))
     assert len(made.pairs) == 1
     assert made.dropped == {"equal": 1}
 
@@ -200,7 +200,7 @@ def test_several_rewritings_of_a_prompt_are_each_paired_with_the_human_response(
     method = SAPO(segment_tokens=4, responses_per_prompt=3)
     script = Script([40], [41], [42])
     groups = method.respond([prompt(0, [5, 6], HUMAN)], 7, context(script))
-    made = method.pair(groups, method.judge(groups, context(script)))
+    made = method.pair(groups, method.judge(groups, context(script)), context(script))
     assert [p.rejected.token_ids[p.rejected.segment[0]] for p in made.pairs if p.rejected] == [40, 41, 42]
     assert all(p.chosen.token_ids == tokens(HUMAN) for p in made.pairs)
     assert len({request.seed for request in script.asked}) == 3
