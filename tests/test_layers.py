@@ -19,7 +19,7 @@ LAYERS = """
     evaluate probe reference merge library results
     loop
     session
-    run
+    run stages
     report annotate demo __init__
     cli
     __main__

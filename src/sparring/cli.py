@@ -27,6 +27,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     commands: dict[str, tuple[Callable[[list[str]], int], str]] = {
         **{name: (partial(_train, name), about) for name, (_, _, about) in METHODS.items()},
+        "run": (
+            _run,
+            "The method of a recipe from its prompts to its model: generate, rank, pair, train, round after round",
+        ),
+        "generate": (partial(_stage, "generate"), "Responses of a model to prompts, as Parquet"),
+        "rank": (partial(_stage, "rank"), "Responses with their ranks and win rates by a judge, as Parquet"),
+        "pairs": (partial(_stage, "pairs"), "Pairs of ranked responses, as Parquet that the training commands read"),
         "demo": (_demo, "Make data, train a tiny model, align it, and print what it gained"),
         "plan": (_plan, "What a run would take of the device's memory, and whether it fits"),
         "evaluate": (_evaluate, "Held-out likelihood, samples, and a verifier's score of a model"),
@@ -162,6 +169,36 @@ def _ended(run: Any) -> int:
         return 0
     console.print(f"[bold yellow]{run.state}[/]  {_escaped(run.message)}")
     return 0 if run.state == "interrupted" else 1
+
+
+def _run(words: list[str]) -> int:
+    if not words or {"-h", "--help"} & set(words):
+        print("sparring run [METHOD] [--config RECIPE.yaml] [--key value ...]")
+        print("The method, named or from the recipe, in one command: `sparring METHOD --help` lists its keys.")
+        return 0
+    named = words.pop(0) if not words[0].startswith("--") else None
+    name = named or _recipe(dict(flags(words))).get("method")
+    if name is None:
+        raise ValueError("no method: write `sparring run sppo ...`, or give a recipe with a method line by --config")
+    return _train(name, words)
+
+
+def _stage(name: str, words: list[str]) -> int:
+    from sparring import stages
+    from sparring.progress import Bars
+
+    kind, parts, work = {
+        "generate": (stages.Generate, ("model", "data", "generation"), stages.generate),
+        "rank": (stages.Rank, ("judging", "model"), stages.rank_responses),
+        "pairs": (stages.MakePairs, (), stages.pairs_of),
+    }[name]
+    if _wants_help(words, kind, parts):
+        return 0
+    given = flags(words)
+    recipe = _recipe(given)
+    folder = work(resolve(kind, recipe, given, parts=parts), Bars())
+    Console(highlight=False, soft_wrap=True).print(f"[bold green]written[/]  {_escaped(str(folder))}")
+    return 0
 
 
 def _evaluate(words: list[str]) -> int:

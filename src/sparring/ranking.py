@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 Asked = list[tuple[int, int]]
 Answered = Sequence[float | None]
-Ranking = Generator[Asked, Answered, "list[Place]"]
+Game = Generator[Asked, Answered, "list[Place]"]
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Ledger:
         return (0.5 + sum(found)) / (1 + len(found)) if found else None
 
 
-def round_robin(count: int, draw: random.Random, comparisons: int | None = None) -> Ranking:
+def round_robin(count: int, draw: random.Random, comparisons: int | None = None) -> Game:
     """Every response against every other, K(K-1)/2 comparisons; ranks by win rate.
 
         win rate of i = (1/K) (1/2 + sum over k != i of P(i beats k))
@@ -72,7 +72,7 @@ def round_robin(count: int, draw: random.Random, comparisons: int | None = None)
     return _by_win_rate(ledger)
 
 
-def winner_stays(count: int, draw: random.Random, last: bool = True) -> Ranking:
+def winner_stays(count: int, draw: random.Random, last: bool = True) -> Game:
     """The winner of each comparison meets the next response: M-1 comparisons find the best, at most 2M-3 the best and the last.
 
     Candidates come in random order. A tie, or what could not be judged, keeps whoever stands there. Without ``last`` only the best
@@ -102,7 +102,7 @@ def winner_stays(count: int, draw: random.Random, last: bool = True) -> Ranking:
     return places
 
 
-def swiss(count: int, draw: random.Random, turns: int | None = None) -> Ranking:
+def swiss(count: int, draw: random.Random, turns: int | None = None) -> Game:
     """Neighbours in the standings meet, ``turns`` times (none: log2 K, rounded up): about K log2(K) / 2 comparisons.
 
     A response's points are its probabilities of winning, a tie and what could not be judged counting 1/2; whoever is left over at
@@ -140,7 +140,7 @@ def swiss(count: int, draw: random.Random, turns: int | None = None) -> Ranking:
     return places
 
 
-def play(rankings: Sequence[Ranking], ask: Callable[[list[tuple[int, int, int]]], Answered]) -> list[list[Place]]:
+def play(rankings: Sequence[Game], ask: Callable[[list[tuple[int, int, int]]], Answered]) -> list[list[Place]]:
     """Let all groups' rankings ask together: ``ask`` is given (group, a, b) of each comparison of a turn."""
     found: list[list[Place]] = [[] for _ in rankings]
     wants: dict[int, Asked] = {}

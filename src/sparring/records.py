@@ -54,6 +54,7 @@ class Prompt:
     rejected: Response | None = None  # the response it was preferred to, in a data set of pairs
     row: Mapping[str, Any] = field(default_factory=dict)  # the untouched columns, for verifiers
     question: str = ""  # what is asked, as a person reads it: without the chat template's marks, for judges
+    content: Any = None  # the same as the data set has it: text, or messages
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,7 +100,7 @@ def load(
             if not all(response.finished for response in responses):
                 cut.append(n)
             human, rejected = [*responses, None, None][:2]
-            prompts.append(Prompt(n, *asked[n], human, rejected, table[n], question(chunk[n][0])))
+            prompts.append(Prompt(n, *asked[n], human, rejected, table[n], question(chunk[n][0]), chunk[n][0]))
         tick(len(chunk))
     dropped = {reason: sorted(numbers) for reason, numbers in dropped.items()}
     loaded = Loaded(prompts, len(table), dropped, cut, list(chat.warnings))

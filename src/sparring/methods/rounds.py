@@ -68,23 +68,7 @@ class Rounds(Method):
     ) -> list[list[Response]]:
         """``count`` responses to each prompt; ``seed`` is given the prompt's place and the response's number."""
         sampling = Sampling(self.temperature, self.top_p, self.top_k)
-        requests = [
-            Request(
-                prompt.token_ids,
-                min(self.max_new_tokens, context.max_length - len(prompt.token_ids)),
-                seed(place, number),
-            )
-            for place, prompt in enumerate(prompts)
-            for number in range(count)
-        ]
-        writings = iter(writer.write(requests, sampling))
-        return [
-            [
-                Response(writer.text(w.token_ids), w.token_ids, writer.source, w.finished)
-                for w in (next(writings) for _ in range(count))
-            ]
-            for _ in prompts
-        ]
+        return written(writer, prompts, count, sampling, self.max_new_tokens, context.max_length, seed)
 
 
 @dataclass(frozen=True)
@@ -152,6 +136,29 @@ class Judging(Rounds):
         return {"turns": self.swiss_turns} if self.ranking == "swiss" else {}
 
 
+def written(
+    writer: Writer,
+    prompts: Sequence[Prompt],
+    count: int,
+    sampling: Sampling,
+    max_new_tokens: int,
+    max_length: int,
+    seed: Callable[[int, int], int],
+) -> list[list[Response]]:
+    """``count`` responses of ``writer`` to each prompt; ``seed`` is given the prompt's place and the response's number."""
+    requests = [
+        Request(prompt.token_ids, min(max_new_tokens, max_length - len(prompt.token_ids)), seed(place, number))
+        for place, prompt in enumerate(prompts)
+        for number in range(count)
+    ]
+    writings = iter(writer.write(requests, sampling))
+    made = []
+    for _ in prompts:
+        mine = [next(writings) for _ in range(count)]
+        made.append([Response(writer.text(w.token_ids), w.token_ids, writer.source, w.finished) for w in mine])
+    return made
+
+
 def rank(groups: Sequence[Group], context: Context, kind: Kind, settings: dict[str, Any]) -> Judged:
     """Have the judge rank each group's responses; equal responses are compared as any other.
 
@@ -160,7 +167,7 @@ def rank(groups: Sequence[Group], context: Context, kind: Kind, settings: dict[s
     if kind == "score":
         return by_score(groups, context)
     how = {"round_robin": ranking.round_robin, "winner_stays": ranking.winner_stays, "swiss": ranking.swiss}[kind]
-    games: list[ranking.Ranking] = []
+    games: list[ranking.Game] = []
     for group in groups:
         draw = draw_for(context, "rank", group)
         games.append(how(len(group.responses), draw, **settings))

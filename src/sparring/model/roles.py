@@ -86,7 +86,7 @@ class Roles:
             ema.step(self.ema, self.learnt, self.ema_decay)
 
     def refresh_reference(self, source: Literal["ema", "policy"]) -> None:
-        """Copy the EMA (the policy, where there is no EMA) or the policy into the reference; where none is kept, forget what it said."""
+        """Copy the EMA (the policy, where there is none) or policy to the reference; where none is kept, forget what it said."""
         if self.reference is not None:
             origin = self.ema if source == "ema" and self.ema is not None else self.learnt
             ema.step(self.reference, origin, 0.0)
