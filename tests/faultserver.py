@@ -3,6 +3,7 @@
 As a command: ``python faultserver.py PORT FOLDER [die:N | deaf | child]``; what it answered stands in FOLDER/answered.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -34,7 +35,7 @@ def answer(body: dict[str, Any]) -> dict[str, Any]:
 
 
 class FaultServer(ThreadingHTTPServer):
-    """``plan`` is given a request's number and its body, and says what comes of it: a status, a body, "drop", "stall"."""
+    """``plan`` is given a request's number and its body, and says what comes of it: an answer, a status, drop, stall, drip."""
 
     daemon_threads = True
     request_queue_size = 128
@@ -69,7 +70,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        body["path"] = self.path
+        body |= {"path": self.path, "at": time.monotonic()}
         with self.server.lock:
             self.server.asked.append(body)
             self.server.keys.add(self.headers["Authorization"])
@@ -80,7 +81,13 @@ class Handler(BaseHTTPRequestHandler):
             said = self.server.plan(number, body)
             if said == "stall":
                 self.server.released.wait(30)
-            if said in ("stall", "drop"):
+            if said == "drip":  # something comes, now and then
+                self.send_response(200)
+                self.end_headers()
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    while not self.server.released.wait(0.1):
+                        self.wfile.write(b" ")
+            if said in ("stall", "drop", "drip"):
                 self.close_connection = True
                 return
             status, content = said if isinstance(said, tuple) else (200, said)
@@ -107,7 +114,7 @@ def main(port: int, folder: Path, *ways: str) -> None:
     """Serve until it is killed, or kills itself after so many answers."""
     with (folder / "starts").open("a") as starts:
         starts.write(f"{os.getpid()}\n")
-    print(f"started with {sorted(k for k in os.environ if k in ('RANK', 'VLLM_API_KEY'))}", flush=True)
+    print(f"started as {sys.argv} with {sorted(k for k in os.environ if k in ('RANK', 'VLLM_API_KEY'))}", flush=True)
     if "broken" in ways:
         sys.exit("RuntimeError: CUDA out of memory")
     if "deaf" in ways:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -29,7 +30,7 @@ from sparring.records import tokens
 
 HERE = Path(__file__).parent
 SAMPLED = Sampling(0.7, 0.9, 40)
-FAST: dict[str, Any] = {"concurrency": 4, "timeout": 1.0, "retries": 3}
+FAST: dict[str, Any] = {"concurrency": 4, "timeout": 30.0, "retries": 3}
 ONE_BY_ONE: dict[str, Any] = {"concurrency": 1, "timeout": 20.0, "retries": 9}
 
 
@@ -74,31 +75,32 @@ def test_two_servers_share_the_requests_and_the_responses_are_the_servers_own_to
     assert body["model"] == "toy"  # the first that it lists
 
 
-@pytest.mark.parametrize("fault", ["500", "429", "garbage", "nonsense", "drop", "stall"])
+@pytest.mark.parametrize("fault", ["500", "429", "garbage", "nonsense", "drop", "stall", "drip"])
 def test_a_request_that_fails_is_asked_again_and_no_other(chat: Chat, fault: str) -> None:
     faults = {"garbage": "<html>bad gateway</html>", "nonsense": {"choices": [{"text": "a"}]}}
     bad = (int(fault), "no") if fault.isdigit() else faults.get(fault, fault)
-    asked = requests(8)
-    start = time.monotonic()
+    asked, times = requests(8), dict[int, list[float]]()
     with FaultServer(plan=lambda number, body: bad if number == 3 else answer(body)) as server:
-        mine = writer(chat, server)
+        mine = writer(chat, server, timeout=1.0 if fault in ("stall", "drip") else 30.0)
         assert mine.write(asked, SAMPLED) == right(asked)
         assert len(server.asked) == 9
         assert mine.tally["retries"] == 1
-    assert time.monotonic() - start > {"429": 1.0, "stall": 1.5}.get(
-        fault, 0.5
-    )  # as it asked, or the timeout and a rest
+    for body in server.asked:
+        times.setdefault(body["prompt"][-1], []).append(body["at"])
+    [[first, second]] = [each for each in times.values() if len(each) > 1]
+    # The first rest of a server, or as long as it asked for, or after the timeout.
+    assert {"429": 0.9, "stall": 1.4, "drip": 1.4}.get(fault, 0.4) < second - first < 8.0
 
 
 def test_a_dead_server_beside_a_living_one_costs_retries_only(chat: Chat) -> None:
-    with FaultServer() as dead:
-        pass
     asked = requests(40)
-    with FaultServer() as alive:
-        mine = writer(chat, dead, alive, retries=1)
+    with FaultServer() as alive, socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and never listens
+        dead = f"http://127.0.0.1:{nobody.getsockname()[1]}/v1"
+        mine = ServerWriter(Running([dead, alive.url]), chat, source=str, **(FAST | {"retries": 1}))
         assert mine.write(asked, SAMPLED) == right(asked)
         assert len(alive.asked) == 40
-        assert 1 <= mine.tally["retries"] <= 8
+        assert 1 <= mine.tally["retries"] <= 20
 
 
 def test_a_server_that_never_answers_ends_the_round_and_says_so(chat: Chat, tmp_path: Path) -> None:
@@ -344,7 +346,7 @@ def test_a_server_that_dies_in_mid_round_is_started_again_and_asked_for_what_is_
     )
     asked = requests(40)
     with serving(config, tmp_path, tmp_path / "server.log") as servers:
-        mine = ServerWriter(servers, chat, source=lambda: "policy@3", **(FAST | {"timeout": 10.0}))
+        mine = ServerWriter(servers, chat, source=lambda: "policy@3", **FAST)
         assert not (tmp_path / "starts").exists()  # nothing was asked yet
         assert mine.write(asked, SAMPLED) == right(asked)
         assert len(pids(tmp_path)) == 4  # 12 answers each
@@ -359,7 +361,7 @@ def test_a_server_that_dies_in_mid_round_is_started_again_and_asked_for_what_is_
 def test_a_server_that_dies_too_often_ends_the_round_with_the_end_of_its_log(chat: Chat, tmp_path: Path) -> None:
     server = launched(tmp_path, "die:3", retries=1)
     mine = ServerWriter(server, chat, source=str, kept=tmp_path / "kept", **ONE_BY_ONE)
-    with pytest.raises(ServerFailed, match=r"died \(code 137\) after 1 restarts.*(?s:.)*started with"):
+    with pytest.raises(ServerFailed, match=r"died \(code 137\) after 1 restarts.*(?s:.)*started as"):
         mine.write(requests(40), SAMPLED)
     assert len(pids(tmp_path)) == 2
     assert len((tmp_path / "kept").read_text().splitlines()) == 6
@@ -369,7 +371,7 @@ def test_a_server_that_dies_too_often_ends_the_round_with_the_end_of_its_log(cha
     ("way", "message", "starts"),
     [
         ("broken", "ended with code 1 before it answered", 1),
-        ("deaf", "did not answer within server_start_timeout, 1 s", 1),
+        ("deaf", "did not answer within server_start_timeout, 2 s", 1),
     ],
 )
 def test_a_server_that_does_not_come_up_is_an_error_with_the_end_of_its_log(
@@ -377,16 +379,17 @@ def test_a_server_that_does_not_come_up_is_an_error_with_the_end_of_its_log(
 ) -> None:
     monkeypatch.setenv("RANK", "0")  # as torchrun sets it for us
     left: list[float] = []
-    server = launched(tmp_path, way, "--key", "{token}", start_timeout=1.0, waiting=left.append)
+    server = launched(tmp_path, way, "--key", "{token}", start_timeout=2.0, waiting=left.append)
     with pytest.raises(ServerFailed, match=message) as error:
         ServerWriter(server, chat, source=str, **FAST).write(requests(1), SAMPLED)
-    assert "started with ['VLLM_API_KEY']" in str(error.value)
+    assert "'--key', '***'" in str(error.value)
+    assert "with ['VLLM_API_KEY']" in str(error.value)
     assert ("CUDA out of memory" in str(error.value)) == (way == "broken")
     assert server.api_key not in str(error.value)
     assert len(pids(tmp_path)) == starts
     assert not alive(pids(tmp_path)[0])
     assert left == sorted(left, reverse=True)
-    assert left[0] == pytest.approx(1.0, abs=0.1)
+    assert left[0] == pytest.approx(2.0, abs=0.2)
     assert len(left) > 2 or way == "broken"
 
 
@@ -451,7 +454,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Chat
 
 def questions(made: Chat, limit: int) -> list[Request]:
     words = "What is two and two? How many clips did she sell in May?"
-    return [Request(made.prompt(words[n : n + 20])[1], limit, n) for n in range(12)]
+    return [Request(made.prompt(words[n : n + 20])[1], limit, n) for n in range(8)]
 
 
 def test_transformers_serve_writes_greedily_what_the_local_writer_does(served: tuple[Any, Chat, Servers]) -> None:
@@ -474,9 +477,9 @@ def test_transformers_serve_writes_greedily_what_the_local_writer_does(served: t
         assert (ours == theirs) == sure  # what could not be told is counted, and nothing else
         same += sure
         ends |= {ours.finished} if sure else set()
-    assert same >= 8
+    assert same >= 5
     assert ends == {True, False}
-    assert (mine.tally["requests"], mine.tally["text_only"], mine.tally["prompts_differ"]) == (12, 12, 0)
+    assert (mine.tally["requests"], mine.tally["text_only"], mine.tally["prompts_differ"]) == (8, 8, 0)
     assert mine.tally["prompt_tokens"] == sum(len(request.token_ids) for request in asked)
 
 

@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -87,8 +87,7 @@ class Launched:
         """``waiting`` is told the seconds left while it comes up; ``key_variable`` holds its key in its environment."""
         self._words, self._folder, self._log = shlex.split(command), str(model_folder), log_file
         self._timeout, self._retries, self._key_variable, self._waiting = start_timeout, retries, key_variable, waiting
-        self.port = _free_port()
-        self.urls: Sequence[str] = [f"http://{HOST}:{self.port}/v1"]
+        self.port, self.urls = 0, list[str]()  # known once it is started
         self.model: str | None = model or self._folder  # as vLLM, SGLang and transformers call it
         self.api_key: str | None = secrets.token_urlsafe(24)
         self.restarts = 0
@@ -133,6 +132,9 @@ class Launched:
 
     def _start(self) -> None:
         assert self.api_key is not None
+        if not self.urls:
+            self.port = _free_port()
+            self.urls = [f"http://{HOST}:{self.port}/v1"]
         values = {"{model}": self._folder, "{port}": str(self.port), "{host}": HOST, "{token}": self.api_key}
         words = []
         for word in self._words:

@@ -60,7 +60,7 @@ class ServerWriter:
 
     ``tally`` counts ``requests`` answered, ``kept`` rows that the disk had, ``retries``, ``text_only`` responses that came without
     token ids, ``differs`` those among them whose tokens are not surely the ones written, ``prompts_differ`` prompts of which the
-    server's tokenizer may have made other tokens, ``prompt_tokens``, ``completion_tokens`` and ``seconds``.
+    server's tokenizer may have made other tokens, ``prompt_tokens`` and ``completion_tokens``.
     """
 
     def __init__(
@@ -102,8 +102,7 @@ class ServerWriter:
         Raises ServerFailed where a request fails more often than ``retries``, ValueError where it is refused; what was written
         until then is kept.
         """
-        start, source = time.monotonic(), self.source
-        keys = [digest(source, self._model_id, request, sampling) for request in requests]
+        keys = [digest(self.source, self._model_id, request, sampling) for request in requests]
         rows = Counter(keys)
         found: dict[str, Writing] = {}
         missing: dict[str, Request] = {}
@@ -130,7 +129,6 @@ class ServerWriter:
                 _run(self._all(missing, sampling, done))
             finally:
                 self._kept.close()
-        self.tally["seconds"] += round(time.monotonic() - start)
         return [found[key] for key in keys]
 
     async def _all(self, missing: dict[str, Request], sampling: Sampling, done: Callable[[str, Writing], None]) -> None:

@@ -23,9 +23,13 @@ class ServerFailed(OSError):
 class Servers(Protocol):
     """Where requests go."""
 
-    urls: Sequence[str]
     model: str | None  # the model's name there; None: the first that it lists
     api_key: str | None
+
+    @property
+    def urls(self) -> Sequence[str]:
+        """Base URLs, once they are up."""
+        ...
 
     def up(self) -> bool:
         """Whether they can be asked now; starts what has to be started. Call it until it says yes; ServerFailed: never."""
@@ -37,7 +41,7 @@ class Running:
 
     def __init__(self, urls: Sequence[str], *, model: str | None = None, api_key: str | None = None) -> None:
         """Base URLs, as ``http://localhost:8000/v1``."""
-        self.urls: Sequence[str] = list(urls)
+        self.urls = list(urls)
         self.model, self.api_key = model, api_key
 
     def up(self) -> bool:
