@@ -14,10 +14,11 @@ LAYERS = """
     model methods.base buffer recipes
     methods.preference
     methods.rounds
-    metrics model.dry
-    methods actors judges archive learner model.plan checkpoint journal monitor card progress interrupt
+    metrics model.dry progress interrupt
+    methods actors judges archive learner model.plan checkpoint journal monitor card
     evaluate probe reference merge library results
     loop
+    chronicle
     session
     run stages
     report annotate demo __init__

@@ -88,6 +88,12 @@ class Journal:
         if self.writes:
             _replace(self._round(number) / "lineage.json", json.dumps(dict(about), indent=1) + "\n")
 
+    def aside(self, number: int, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Write pairs for people to judge, a line of JSON each."""
+        if self.writes and lines:
+            text = "".join(json.dumps(dict(line), ensure_ascii=False) + "\n" for line in lines)
+            _replace(self._round(number) / "aside.jsonl", text)
+
     def _round(self, number: int) -> Path:
         folder = self.folder / "rounds" / f"{number:05d}"
         folder.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from sparring.actors.local import LocalWriter
+from sparring.actors.served import Served
 from sparring.actors.shared import SharedWriter
 from sparring.config import Config
 from sparring.data.chat import Chat
@@ -37,16 +38,43 @@ class Library(Mapping[str, Writer]):
         chat: Chat,
         *,
         step: Callable[[], int],
+        stamp: Callable[[], str],
         previous: Callable[[], str | None],
+        lay_down: Callable[[Path], None],
+        folder: Path,
+        say: Callable[[str], None],
         tick: Callable[[int], None],
         world: World,
         device: torch.device,
     ) -> None:
-        """``step`` says how many updates are behind the policy, ``previous`` where that of a round ago lies (None: the start)."""
+        """``step`` says how many updates are behind the policy, ``previous`` where that of a round ago lies (None: the start).
+
+        For a server ``lay_down`` writes the policy's weights to a folder; what it wrote is kept in ``folder``, under ``stamp``.
+        """
         self._config, self._roles, self._chat = config, roles, chat
         self._step, self._previous, self._tick = step, previous, tick
         self._world, self._device = world, device
         self._known: dict[str, Writer] = {role: self._role(role) for role in ROLES}
+        self._served: Served | None = None
+        if config.generation.generation_backend == "server":
+            self._served = Served(
+                config.generation,
+                chat,
+                folder,
+                source=lambda: f"policy@{step()}",
+                stamp=stamp,
+                lay_down=lay_down,
+                main=world.main,
+                say=say,
+                tick=tick,
+            )
+            shared = SharedWriter(self._served, world, device, alone=True)
+            self._known["policy"] = self._served if world.size == 1 else shared
+
+    def release(self) -> None:
+        """Stop what writes in a server: the memory is the training's now."""
+        if self._served is not None:
+            self._served.release()
 
     def __getitem__(self, name: str) -> Writer:
         """The writer of that name; ValueError where there is no such model."""

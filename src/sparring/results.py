@@ -41,6 +41,10 @@ class Results:
             folder.parent.mkdir(parents=True, exist_ok=True)
             self._write(folder, self._roles.kept()["policy"], what)
 
+    def lay_down(self, folder: Path) -> None:
+        """The policy of now, for a server to load."""
+        self._write(folder, self._roles.kept()["policy"], "The policy, for a server")
+
     def forget(self, number: int, step: int) -> None:
         """Remove models of rounds and updates that were taken back."""
         for folder in self._journal.folder.glob("models/*-*") if self._world.main else ():

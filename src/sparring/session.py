@@ -15,6 +15,7 @@ from sparring import checkpoint, reference
 from sparring.archive import Archive
 from sparring.buffer import Buffer
 from sparring.checkpoint import TrainState
+from sparring.chronicle import Chronicle
 from sparring.config import Config
 from sparring.data.datasets import Loaded, digest, load
 from sparring.interrupt import asked_to_stop
@@ -107,7 +108,11 @@ class Session:
             roles,
             self.chat,
             step=lambda: self.state.counters.step,
+            stamp=lambda: f"{self.about['start_fingerprint']} of {config.run.seed}, {self._stamp()}",
             previous=self._model_of_a_round_ago,
+            lay_down=lambda where: self.results.lay_down(where),
+            folder=journal.folder / "serving",
+            say=self._say,
             tick=bars.moved,
             world=world,
             device=self.learner.device,
@@ -120,17 +125,27 @@ class Session:
         folder = journal.folder / "rounds"
         self.archive = Archive(folder, self._stamp, bars, world, requests=requests, shards=shards)
         self.probe = Probe(self.learner, self.context, self.journal.folder / "probe.json")
-        self.tracker = tracker(
-            config.run.report_to if world.main else "none",
-            journal.folder,
-            config.run.run_name or journal.folder.name,
-            config.flat(),
+        run_name, report_to = config.run.run_name or journal.folder.name, config.run.report_to
+        self.tracker = tracker(report_to if world.main else "none", journal.folder, run_name, config.flat())
+        self.chronicle = Chronicle(
+            config,
+            self.cadence,
+            self.state,
+            journal,
+            self.tracker,
+            self.monitor,
+            self.probe,
+            self.judge,
+            total_steps=self.total_steps,
+            updates_per_epoch=self.updates_per_epoch,
+            say=self._say,
         )
 
     def __enter__(self) -> Session:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.library.release()
         self.tracker.finish()
 
     def begin(self, model: Any, rows: Any) -> None:
@@ -197,9 +212,12 @@ class Session:
                     start = self.about["start_fingerprint"] if now.step == 0 else None
                     reference.compute(self.learner, self.state.buffer.pairs, start, self.bars)
                     self.learner.sealed = True
-                news = self._log_round(event)
+                self.library.release()
+                news = self.chronicle.round(event)
             else:
-                news = self._log_update(event, time.perf_counter() - began)
+                metrics, news = self.chronicle.update(event, time.perf_counter() - began)
+                margin = f"  margin {metrics['rewards/margins']:.3f}" if "rewards/margins" in metrics else ""
+                self.tick(1, f"loss {metrics['loss']:.4f}{margin}")
                 began = time.perf_counter()
                 if self.world.any(asked.get("stop", False)):
                     self._save()
@@ -221,32 +239,6 @@ class Session:
                 return Run(folder, "stopped", f"{news[0]}; sparring resume {folder} goes on all the same")
         return Run(folder, "finished")
 
-    def _log_round(self, event: Round) -> list[str]:
-        if self.config.run.save_round_records:
-            counted = self.cadence.rounds is not None  # whose responses the archive has
-            self.journal.round(event.number, [] if counted else event.groups, event.pairs)
-        metrics = self.monitor.round(event.lengths, len(event.pairs), event.dropped) | event.metrics
-        if self.cadence.rounds is not None:
-            self._tell(event)
-        return self._log({"round": event.number, "step": self.state.counters.step} | metrics, metrics)
-
-    def _log_update(self, event: Update, seconds: float) -> list[str]:
-        every = self.config.monitor.monitor_steps
-        metrics = event.metrics | self.monitor.update(event.metrics)
-        if every and (event.step % every == 0 or event.step == self.total_steps):
-            metrics["kl/start"] = self.probe.kl()
-        self.journal.timing({"step": event.step, "seconds": round(seconds, 6)})
-        margins = f"  margin {metrics['rewards/margins']:.3f}" if "rewards/margins" in metrics else ""
-        self.tick(1, f"loss {metrics['loss']:.4f}{margins}")
-        epoch = round(event.step / self.updates_per_epoch, 6)
-        return self._log({"step": event.step, "epoch": epoch} | metrics, metrics)
-
-    def _log(self, line: dict[str, Any], metrics: Mapping[str, float]) -> list[str]:
-        news = self.monitor.alarms(metrics)
-        self.journal.metrics(line | ({"alarms": news} if news else {}))
-        self.tracker.log(metrics, self.state.counters.step)
-        return news
-
     def _save(self) -> None:
         now = self.state.counters
         now.metrics_bytes, now.layout = self.journal.length(), self.learner.layout
@@ -265,18 +257,6 @@ class Session:
         self.tick(now.step - before)
         self.bars.say(f"rolled back from update {before} to {now.step}, learning rate times {scale:g}", "bold yellow")
         self.journal.metrics({"step": now.step, "rolled_back_from": before, "rate_scale": scale, "alarms": list(news)})
-
-    def _tell(self, event: Round) -> None:
-        """Write down and say what the round starts from, what its reference is, and which rounds' data it trains on."""
-        about = lineage(self.method, self.cadence, self.learner.config, self.state)
-        self.journal.lineage(event.number, about)
-        rounds = ", ".join(str(number + 1) for number in about["data_of_rounds"])
-        self._say(
-            f"round {event.number + 1} of {self.cadence.rounds}: {len(event.pairs)} pairs; initialised from "
-            f"{about['initialised_from']}; reference: {about['reference']}; data of rounds {rounds}"
-        )
-        if isinstance(self.judge, Bench):
-            self.journal.timing({"step": self.state.counters.step, "round": event.number, "judge": self.judge.bill()})
 
     def _keep_model(self, event: Update) -> None:
         """The policy as it is, where it is to be kept: at a round's end, and at shares of the run."""

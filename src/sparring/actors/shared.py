@@ -14,9 +14,9 @@ from sparring.records import Tokens, tokens
 class SharedWriter:
     """``writer`` in every process of ``world``."""
 
-    def __init__(self, writer: Writer, world: World, device: torch.device) -> None:
-        """Writings meet on ``device``."""
-        self._writer, self._world, self._device = writer, world, device
+    def __init__(self, writer: Writer, world: World, device: torch.device, *, alone: bool = False) -> None:
+        """Writings meet on ``device``; ``alone``: the main process writes them all, and the others only get them."""
+        self._writer, self._world, self._device, self._alone = writer, world, device, alone
 
     @property
     def source(self) -> str:
@@ -31,6 +31,8 @@ class SharedWriter:
         """One writing for each request, in order, the same in all processes."""
         sizes = [len(request.token_ids) + request.max_new_tokens for request in requests]
         mine = self._world.deal(sizes)[self._world.rank]
+        if self._alone:
+            mine = list(range(len(requests))) if self._world.main else []
         longest = max((request.max_new_tokens for request in requests), default=0)
         table = torch.zeros(len(requests), 2 + longest, dtype=torch.long)  # length, finished, tokens
         for place, written in zip(mine, self._writer.write([requests[i] for i in mine], sampling), strict=True):
