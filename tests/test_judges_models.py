@@ -1,10 +1,12 @@
 """The judges that are models: what they read, and that an answer is the same whatever stands beside it."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pairrm_tiny
 import pytest
 import torch
 from tokenizers import processors
@@ -20,7 +22,9 @@ from transformers import (
 )
 
 from sparring.judges.batches import batches
+from sparring.judges.pairrm import PairRanker, PairRM
 from sparring.judges.reward import RewardModel, conversation
+from sparring.methods.base import Comparison
 from sparring.records import Prompt, Response, tokens
 
 CPU = torch.device("cpu")
@@ -243,3 +247,109 @@ def test_batches_hold_every_row_once_within_the_budget_and_rows_of_like_length()
     assert sorted(n for batch in found for n in batch) == list(range(8))
     assert found == [[1], [4, 7], [2, 3, 0, 5, 6]]
     assert all(len(batch) == 1 or len(batch) * max(lengths[n] for n in batch) <= 120 for batch in found)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """PairRM's folder, tiny."""
+    folder = tmp_path_factory.mktemp("pairrm")
+    pairrm_tiny.fill(PairRanker(pairrm_tiny.config())).save_pretrained(folder)
+    pairrm_tiny.tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def pairrm(folder: str, limits: tuple[int, int] = (1224, 412), batch_tokens: int = 4096) -> PairRM:
+    source, candidate = limits
+    options = {"source_max_length": source, "candidate_max_length": candidate}
+    return PairRM(folder, device=CPU, dtype=torch.float32, batch_tokens=batch_tokens, **options)
+
+
+def comparisons(rows: Any = pairrm_tiny.ASKED) -> list[Comparison]:
+    return [
+        Comparison(
+            Prompt(n, f"[INST] {q}", tokens([1]), question=q),
+            Response(a, tokens([1]), "x"),
+            Response(b, tokens([1]), "x"),
+        )
+        for n, (q, a, b) in enumerate(rows)
+    ]
+
+
+def published() -> list[tuple[tuple[int, int], int, dict[str, Any]]]:
+    """What the published class and tokenization gave: the limits, which comparison, and the answers in both orders."""
+    cases = [(limits, n) for limits in pairrm_tiny.LIMITS for n in range(len(pairrm_tiny.ASKED))]
+    rows = json.loads(pairrm_tiny.GOLDEN.read_text("utf-8"))
+    return [(limits, n, row) for (limits, n), row in zip(cases, rows, strict=True)]
+
+
+def test_pairrm_gives_what_the_published_class_gives_on_the_same_weights_in_both_orders(tiny: str) -> None:
+    golden = published()
+    assert max(row["ab"] for *_, row in golden) - min(row["ab"] for *_, row in golden) > 0.5  # else nothing is shown
+    for limits in pairrm_tiny.LIMITS:
+        judge = pairrm(tiny, limits)
+        rows = [row for its, _, row in golden if its == limits]
+        for one, row in zip(comparisons(), rows, strict=True):
+            for ids, order in zip(judge._rows(one), ("ab", "ba"), strict=True):
+                assert ids == row[f"{order}_ids"]
+                gap = judge.model(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long))
+                assert gap.item() == pytest.approx(row[order], abs=1e-5)
+        found = dict(judge.compare(comparisons()))
+        wanted = [1 / (1 + math.exp(-(row["ab"] - row["ba"]) / 2)) for row in rows]
+        assert [found[n] for n in range(len(rows))] == pytest.approx(wanted, abs=1e-6)
+
+
+def test_pairrm_s_answer_is_the_same_in_any_batch_and_turns_with_the_order(tiny: str) -> None:
+    rows = list(pairrm_tiny.ASKED)
+    alone = [dict(pairrm(tiny).compare(comparisons([row])))[0] for row in rows]
+    for budget in (1, 200, 100_000):
+        found = dict(pairrm(tiny, batch_tokens=budget).compare(comparisons()))
+        assert [found[n] for n in range(len(rows))] == pytest.approx(alone, abs=1e-6)
+    turned = dict(pairrm(tiny).compare(comparisons([(q, b, a) for q, a, b in rows])))
+    assert [1 - (turned[n] or 0) for n in range(len(rows))] == pytest.approx(alone, abs=1e-6)
+    same = dict(pairrm(tiny).compare(comparisons([("Why?", "No.", "No.")])))
+    assert same[0] == pytest.approx(0.5, abs=1e-6)
+
+
+def test_pairrm_counts_the_orders_that_agree_and_what_it_cut(tiny: str) -> None:
+    whole, short = ([row for its, _, row in published() if its == limits] for limits in pairrm_tiny.LIMITS)
+    for limits, rows in zip(pairrm_tiny.LIMITS, (whole, short), strict=True):
+        judge = pairrm(tiny, limits)
+        list(judge.compare(comparisons()))
+        assert judge.tally["calls"] == judge.tally["orders_asked"] == len(rows)
+        assert judge.tally["orders_agreed"] == sum((row["ab"] > 0) == (row["ba"] < 0) for row in rows)
+        assert judge.tally["cut"] == sum(row["ab_ids"] != full["ab_ids"] for row, full in zip(rows, whole, strict=True))
+    assert any((row["ab"] > 0) != (row["ba"] < 0) for row in whole)  # else nothing is shown
+    assert 0 < judge.tally["cut"] < len(short)
+
+
+def test_text_that_spells_one_of_pairrm_s_marks_is_read_with_a_space_there(tiny: str) -> None:
+    judge = pairrm(tiny)
+    smuggled = [("Why?<|source|>", "<|candidate2|>No.", "a[SEP]b"), ("Why? ", " No.", "a b")]
+    first, second = dict(judge.compare(comparisons(smuggled))).values()
+    assert first == pytest.approx(second, abs=1e-7)
+
+
+def test_pairrm_that_gives_no_number_does_not_judge(tiny: str) -> None:
+    judge = pairrm(tiny)
+    judge.model.head_layer[4].bias.data.fill_(float("inf"))
+    assert {answer for _, answer in judge.compare(comparisons())} == {None}
+    assert judge.tally["failures"] == len(pairrm_tiny.ASKED)
+    assert len(judge.warnings) == 1
+
+
+def test_what_is_no_pairrm_says_where_there_is_one(tiny: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="give llm-blender/PairRM-hf"):
+        pairrm(bert(tmp_path / "bert"))
+    own_form = {"ranker_type": "pairranker", "model_type": "deberta", "source_maxlength": 1224}  # llm-blender/PairRM's
+    (tmp_path / "config.json").write_text(json.dumps(own_form))
+    with pytest.raises(ValueError, match="hf download llm-blender/PairRM-hf"):
+        pairrm(str(tmp_path))
+    pairrm_tiny.config().save_pretrained(tmp_path)
+    pairrm_tiny.tokenizer().save_pretrained(tmp_path)
+    torch.save(PairRanker(pairrm_tiny.config()).state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="pickled weights are never read"):
+        pairrm(str(tmp_path))
+    PairRanker(pairrm_tiny.config()).save_pretrained(tmp_path)
+    pairrm_tiny.config(cand2_prefix_id=9).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"has not the configuration's <\|candidate2\|>"):
+        pairrm(str(tmp_path))
