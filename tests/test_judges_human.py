@@ -43,6 +43,7 @@ def test_a_label_is_found_in_either_order_and_a_pair_without_one_is_not_judged(t
     pairs = [comparison(ASKED), comparison(TURNED), comparison(other), comparison(("Who?", "Ada.", "Eve."))]
     assert dict(judge.compare(pairs)) == {0: 1.0, 1: 0.0, 2: 0.5, 3: None}
     assert judge.tally == {"calls": 4, "failures": 1, "unlabelled": 1, "disagreements": 0}
+    assert [judge.labels.of(*asked) for asked in (ASKED, TURNED, ("Who?", "", ""))] == [1.0, 0.0, None]
     assert list(judge.compare([comparison(ASKED, question=False)])) == [
         (0, 1.0)
     ]  # a prompt without a question: its text

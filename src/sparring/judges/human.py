@@ -60,6 +60,11 @@ class Labels:
         even = len(counts) > 1 and counts[0][1] == counts[1][1]
         return Label(0.5 if even or a == b else counts[0][0], len(votes), len(counts) == 1)
 
+    def of(self, question: str, a: str, b: str) -> float | None:
+        """The probability that a beats b, as people have it; None where nobody said."""
+        found = self.look(question, a, b)
+        return found.probability if found else None
+
 
 def labels(path: str | Path) -> Labels:
     """The labels in the file at ``path``; ValueError with the line's number where one is malformed."""
