@@ -86,18 +86,19 @@ def _file(path: Path) -> Iterator[Row]:
         start = file.read(1 << 16).removeprefix(codecs.BOM_UTF8).lstrip()
         file.seek(0)
         if path.suffix == ".json" and start.startswith(b"["):  # one array instead of lines
-            yield from _parsed(file.read(), str(path))
+            yield from parsed(file.read(), str(path))
             return
         for number, line in enumerate(file, 1):
             if line.removeprefix(codecs.BOM_UTF8).strip():
                 where = f"{path}, line {number}"
-                row = _parsed(line, where)
+                row = parsed(line, where)
                 if not isinstance(row, dict):
                     raise ValueError(f"{where} is {row!r:.80}: every line must be a JSON object, {{column: value}}")
                 yield row
 
 
-def _parsed(text: bytes, where: str) -> Any:
+def parsed(text: bytes, where: str) -> Any:
+    """The value of a JSON text; ValueError that names ``where`` it stands, where it is none."""
     try:
         return json.loads(text.decode("utf-8-sig"))
     except UnicodeDecodeError as problem:
