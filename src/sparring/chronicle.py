@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from itertools import starmap
 from typing import Any
 
+from sparring.checkpoint import TrainState
 from sparring.config import Config
 from sparring.journal import Journal, Tracker
 from sparring.judges.bench import Bench
 from sparring.judges.human import pair_id
-from sparring.checkpoint import TrainState
 from sparring.loop import Round, Update, lineage
 from sparring.methods.base import Cadence, Judge
 from sparring.monitor import Monitor

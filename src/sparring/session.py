@@ -20,11 +20,10 @@ from sparring.config import Config
 from sparring.data.datasets import Loaded, digest, load
 from sparring.interrupt import asked_to_stop
 from sparring.journal import Journal, Run, tracker
-from sparring.judges.bench import Bench
 from sparring.judges.make import make_judge
 from sparring.learner import Learner
 from sparring.library import Library
-from sparring.loop import Round, Update, lineage, planned, play
+from sparring.loop import Round, Update, planned, play
 from sparring.methods.base import Context, Judge, Method, NoJudge, reference_goes_first
 from sparring.model import policy
 from sparring.model.dry import asked

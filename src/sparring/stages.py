@@ -1,30 +1,33 @@
-"""The stages of a round by themselves, from and to folders of Parquet: write, rank, pair. Put a step of your own between them.
+"""The stages of a round by themselves: write, rank, pair. Put a step of your own between them.
 
-    responses  prompt, completion, prompt_id, place, finished, source, prompt_token_ids, completion_token_ids, row
-    ranked     the same with rank (0 is the best), win_rate, score; and judgments/, a row for each comparison
-    pairs      prompt, chosen, rejected, chosen_probs_win, chosen_probs_lose, prompt_id, *_source, *_finished, *_token_ids, row
-
-A row of responses is one response. ``prompt`` is what the data set had, text or messages; ``row`` its whole row as JSON. Files are
-complete or absent, and the same command goes on where it stopped.
+Each reads and writes folders of Parquet (:mod:`sparring.data.stage_files`); the same command goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
-import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from sparring.actors.local import LocalWriter
 from sparring.config import Config
-from sparring.data.datasets import load, question
+from sparring.data.datasets import load
+from sparring.data.stage_files import (
+    NEEDS,
+    Row,
+    groups_of,
+    keys_as_text,
+    opened,
+    pair_row,
+    read,
+    rows_of,
+    shard,
+    shards_of,
+    write,
+)
 from sparring.judges.bench import Bench
 from sparring.judges.make import make_judge
 from sparring.keys import key
@@ -34,11 +37,8 @@ from sparring.model import policy
 from sparring.model.start import computed_in
 from sparring.pairing import Paired, best_of
 from sparring.progress import Bars
-from sparring.records import Group, Pair, Prompt, Response, Standing, to_row, tokens
+from sparring.records import Group, Prompt, Standing, to_row
 from sparring.seeds import Seeds
-
-Row = dict[str, Any]
-NEEDS = ("prompt", "completion", "prompt_id", "place")
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,12 @@ class MakePairs:
 
 def generate(config: Config, bars: Bars) -> Path:
     """Write responses, shard by shard; the folder."""
-    keys, folder = config.method, _folder(config.method.output_dir, _digest(config))
+    keys, folder = config.method, opened(config.method.output_dir, keys_as_text(config))
     chat = policy.load_chat(config.model)
     loaded = load(config.data, chat, need="prompts")
     bars.say(loaded.summary(), "dim")
     shards = list(_cut(loaded.prompts, config.generation.shard_prompts))
-    left = [n for n in range(len(shards)) if not _file(folder, n).exists()]
+    left = [n for n in range(len(shards)) if not shard(folder, n).exists()]
     if not left:
         return folder
     device = policy.pick_device(config.model.device)
@@ -117,14 +117,14 @@ def generate(config: Config, bars: Bars) -> Path:
             count = keys.responses_per_prompt
             made = written(writer, some, count, sampling, keys.max_new_tokens, limit, seed)
             groups = [Group(p, tuple(r)) for p, r in zip(some, made, strict=True)]
-            _write(_file(folder, number), (row for group in groups for row in rows_of(group)))
+            write(shard(folder, number), (row for group in groups for row in rows_of(group)))
     return folder
 
 
 def rank_responses(config: Config, bars: Bars) -> Path:
     """Rank responses, file by file; the folder."""
-    keys, folder = config.method, _folder(config.method.output_dir, _digest(config))
-    files = _files(keys.responses, "responses")
+    keys, folder = config.method, opened(config.method.output_dir, keys_as_text(config))
+    files = shards_of(keys.responses, "responses")
     judge = make_judge(config, policy.pick_device(config.model.device), tick=bars.moved)
     if isinstance(judge, NoJudge):
         raise ValueError("no judge: add --judge (verifier, reward_model, pairrm, llm, human)")
@@ -136,16 +136,16 @@ def rank_responses(config: Config, bars: Bars) -> Path:
     context = Context({}, Seeds(keys.seed), 0, judge)
     with bars.stage("rank", None, unit="answers"):
         for number, file in enumerate(files):
-            if _file(folder, number).exists():
+            if shard(folder, number).exists():
                 continue
-            rows = _read(file, NEEDS)
+            rows = read(file, NEEDS)
             groups = groups_of(rows)
             judged = rank(groups, context, keys.ranking, settings)
             judgments = folder / "judgments"
             judgments.mkdir(exist_ok=True)
-            _write(_file(judgments, number), map(to_row, judged.judgments))
+            write(shard(judgments, number), map(to_row, judged.judgments))
             places = {(s.prompt_id, s.place): s for s in judged.standings}
-            _write(_file(folder, number), (dict(row) | _standing(places, row) for row in rows))
+            write(shard(folder, number), (dict(row) | _standing(places, row) for row in rows))
     if isinstance(judge, Bench):
         bill = ", ".join(f"{name} {value:,.6g}" for name, value in judge.bill().items())
         bars.say(f"{judge.name}: {bill}", "dim")
@@ -155,12 +155,12 @@ def rank_responses(config: Config, bars: Bars) -> Path:
 def pairs_of(config: Config, bars: Bars) -> Path:
     """Pair ranked responses; the folder."""
     keys = config.method
-    folder = _folder(keys.output_dir, _digest(config))
+    folder = opened(keys.output_dir, keys_as_text(config))
     context = Context({}, Seeds(keys.seed), 0)
     dropped: Counter[str] = Counter()
     count = 0
-    for number, file in enumerate(_files(keys.ranked, "ranked")):
-        rows = _read(file, (*NEEDS, "rank", "win_rate"))
+    for number, file in enumerate(shards_of(keys.ranked, "ranked")):
+        rows = read(file, (*NEEDS, "rank", "win_rate"))
         groups = groups_of(rows)
         by_place = {(row["prompt_id"], row["place"]): row for row in rows}
         standings = [
@@ -181,127 +181,15 @@ def pairs_of(config: Config, bars: Bars) -> Path:
         kept = [pair for pair in paired.pairs if pair not in near]
         contents = {group.prompt.id: group.prompt for group in groups}
         count += len(kept)
-        _write(_file(folder, number), (pair_row(pair, contents[pair.prompt_id]) for pair in kept))
+        write(shard(folder, number), (pair_row(pair, contents[pair.prompt_id]) for pair in kept))
     reasons = "".join(f", {n} {reason}" for reason, n in (+dropped).items())
     bars.say(f"{count} pairs; dropped: {reasons[2:] or 'none'}")
     return folder
 
 
-def rows_of(group: Group) -> Iterator[Row]:
-    """A row for each response of a group."""
-    prompt = group.prompt
-    for place, response in enumerate(group.responses):
-        yield {
-            "prompt": prompt.content if prompt.content is not None else prompt.text,
-            "completion": response.text,
-            "prompt_id": prompt.id,
-            "place": place,
-            "finished": response.finished,
-            "source": response.source,
-            "prompt_token_ids": list(prompt.token_ids),
-            "completion_token_ids": list(response.token_ids),
-            "row": json.dumps(dict(prompt.row), ensure_ascii=False, default=str),
-        }
-
-
-def groups_of(rows: Sequence[Row]) -> list[Group]:
-    """Rows of responses, which stand in the order of their prompts, as groups; ValueError where places do not count from 0."""
-    groups = []
-    for number, each in itertools.groupby(rows, key=lambda row: row["prompt_id"]):
-        mine = list(each)
-        if [row["place"] for row in mine] != list(range(len(mine))):
-            raise ValueError(
-                f"prompt_id {number}: places are {[row['place'] for row in mine]}: they have to count from 0"
-            )
-        responses = tuple(
-            Response(
-                row["completion"] or "",
-                tokens(row.get("completion_token_ids") or ()),
-                row.get("source") or "given",
-                row.get("finished", True) is not False,
-            )
-            for row in mine
-        )
-        content = mine[0]["prompt"]
-        about = json.loads(mine[0].get("row") or "{}")
-        ids = tokens(mine[0].get("prompt_token_ids") or ())
-        asked = question(content)
-        groups.append(Group(Prompt(number, asked, ids, row=about, question=asked, content=content), responses))
-    return groups
-
-
-def pair_row(pair: Pair, prompt: Prompt) -> Row:
-    """A pair under the field's column names."""
-    assert pair.rejected is not None
-    return {
-        "prompt": prompt.content,
-        "chosen": pair.chosen.text,
-        "rejected": pair.rejected.text,
-        "chosen_probs_win": pair.chosen_win_rate,
-        "chosen_probs_lose": pair.rejected_win_rate,
-        "prompt_id": pair.prompt_id,
-        "chosen_source": pair.chosen.source,
-        "rejected_source": pair.rejected.source,
-        "chosen_finished": pair.chosen.finished,
-        "rejected_finished": pair.rejected.finished,
-        "prompt_token_ids": list(pair.prompt_token_ids),
-        "chosen_token_ids": list(pair.chosen.token_ids),
-        "rejected_token_ids": list(pair.rejected.token_ids),
-        "row": json.dumps(dict(prompt.row), ensure_ascii=False, default=str),
-    }
-
-
 def _standing(places: dict[tuple[int, int], Standing], row: Row) -> Row:
     found = places[row["prompt_id"], row["place"]]
     return {"rank": found.rank, "win_rate": found.win_rate, "score": found.score}
-
-
-def _digest(config: Config) -> str:
-    """The keys that a folder's files depend on, as JSON."""
-    keys = {name: value for name, value in config.flat().items() if name not in ("output_dir", "device")}
-    return json.dumps(keys, indent=1, default=str)
-
-
-def _folder(name: str, about: str) -> Path:
-    """The output folder; ValueError where it was begun with other keys, or holds something else."""
-    if not name:
-        raise ValueError("output_dir is missing: name the folder to write")
-    folder, note = Path(name), Path(name) / ".keys.json"
-    if note.exists() and note.read_text() != about:
-        before, now = json.loads(note.read_text()), json.loads(about)
-        differ = [k for k in now if before.get(k) != now[k]]
-        raise ValueError(f"{folder} was begun with other keys ({', '.join(differ)}): choose another output_dir")
-    if not note.exists() and folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty: choose another output_dir")
-    folder.mkdir(parents=True, exist_ok=True)
-    note.write_text(about)
-    return folder
-
-
-def _file(folder: Path, number: int) -> Path:
-    return folder / f"{number:05d}.parquet"
-
-
-def _files(name: str, what: str) -> list[Path]:
-    path = Path(name) if name else None
-    found = [path] if path and path.is_file() else sorted(path.glob("*.parquet")) if path else []
-    if not found:
-        raise ValueError(f"{what} is {name!r}: it has to be a Parquet file, or a folder with some")
-    return found
-
-
-def _read(file: Path, needs: Sequence[str]) -> list[Row]:
-    rows: list[Row] = pq.read_table(file).to_pylist()
-    missing = [name for name in needs if rows and name not in rows[0]]
-    if missing:
-        raise ValueError(f"{file} has no column {', '.join(missing)}: it has {', '.join(rows[0])}")
-    return rows
-
-
-def _write(file: Path, rows: Iterable[Row]) -> None:
-    part = file.with_name(f".{file.name}.part")
-    pq.write_table(pa.Table.from_pylist(list(rows)), part, compression="zstd")
-    part.replace(file)
 
 
 def _cut(prompts: Sequence[Prompt], size: int) -> Iterator[Sequence[Prompt]]:

@@ -71,4 +71,28 @@ def _made(
         from sparring.judges.verifier import VerifierJudge
 
         return VerifierJudge(needed("verifier"), timeout=keys.verifier_timeout, processes=keys.judge_concurrency)
-    raise ValueError(f"judge {keys.judge} is not there yet")
+    if keys.judge == "human":
+        from sparring.judges.human import HumanJudge
+
+        return HumanJudge(needed("human_labels"))
+    about: dict[str, Any] = {
+        "device": device,
+        "dtype": getattr(torch, config.model.dtype),
+        "batch_tokens": keys.judge_batch_tokens,
+    }
+    if keys.judge == "reward_model":
+        from sparring.judges.reward import RewardModel
+
+        trust = config.model.trust_remote_code
+        return RewardModel(needed("judge_model_name_or_path"), trust_remote_code=trust, **about)
+    if keys.judge == "pairrm":
+        from sparring.judges.pairrm import PairRM
+
+        return PairRM(needed("judge_model_name_or_path"), **about)
+    if keys.judge == "llm":
+        from sparring.judges.llm import LLMJudge
+
+        return LLMJudge.of(keys, needed("judge_model_name_or_path"))
+    if policy is None:
+        raise ValueError("judge is policy, and there is none here: give judge llm an endpoint, or train")
+    return policy()
