@@ -51,6 +51,11 @@ class Access:
             raise ValueError(f"the key in {env} holds characters that no header can carry: look for a line break in it")
         return cls(url, f"{parts.hostname}:{port}" if port else parts.hostname, key, env)
 
+    @property
+    def loopback(self) -> bool:
+        """Whether it is a server of this machine."""
+        return self.host.startswith(("localhost", "127.", "::1"))
+
     def without_key(self, text: str) -> str:
         """``text`` as one short line that does not hold the key."""
         return " ".join((text.replace(self.key, "***") if self.key else text).split())[:300]

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from queue import Empty, SimpleQueue
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from sparring.config import JudgeConfig
 from sparring.judges.access import Access, Purse
@@ -115,13 +115,15 @@ class LLMJudge:
                     self.tally.update(event.cost)
 
     async def _all(self, asked: Sequence[Comparison], events: SimpleQueue[Event]) -> None:
-        from openai import AsyncOpenAI
+        from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
-        config = self._config
+        config, access = self._config, self._access
         self._purse.open()
-        options = {"base_url": self._access.base_url, "max_retries": 0, "timeout": config.judge_timeout}
-        async with AsyncOpenAI(api_key=self._access.key or NO_KEY, **options) as client:  # type: ignore[arg-type]
-            parts = self._access, config, self._instruction.by, client, self._purse, events.put
+        # A server of this machine is not asked through a proxy.
+        http = DefaultAsyncHttpxClient(trust_env=not access.loopback, timeout=config.judge_timeout)
+        options: dict[str, Any] = {"base_url": access.base_url, "max_retries": 0, "timeout": config.judge_timeout}
+        async with AsyncOpenAI(api_key=access.key or NO_KEY, http_client=http, **options) as client:
+            parts = access, config, self._instruction.by, client, self._purse, events.put
             endpoint = Endpoint(*parts, first_backoff=self._first_backoff, answered=self._answered)
             places = iter(range(len(asked)))
             async with asyncio.TaskGroup() as group:
@@ -188,7 +190,7 @@ def _next(events: SimpleQueue[Event]) -> Event:
 
 @contextlib.contextmanager
 def _running(work: Callable[[], object], events: SimpleQueue[Event]) -> Iterator[None]:
-    """Run the coroutine that ``work`` makes in a thread's event loop; what it raises becomes an event. Cancelled by what is raised here."""
+    """Run the coroutine that ``work`` makes in a thread; what it raises becomes an event, and what is raised here cancels it."""
     loop = asyncio.new_event_loop()
     task: asyncio.Task[None] = loop.create_task(work())  # type: ignore[arg-type]
 

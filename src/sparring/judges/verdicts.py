@@ -150,8 +150,9 @@ WORTH = {"a": 1.0, "b": 0.0, "tie": 0.5, "draw": 0.5, "c": 0.5}
 def parse(text: str) -> float | None:
     """P(A beats B) that a written answer states: A 1, B 0, tie 0.5; None where it states none, or more than one.
 
-    Counted are lines that begin with ``Verdict:``, whatever marks surround it; where there is none, the end of the last line, or a
-    last line that is nothing but a verdict. A thought in ``<think>`` is no answer.
+    Counted are lines that begin with ``Verdict:``, whatever marks surround it, and lines of ``[[A]]`` alone; where there are none,
+    the end of the last line, a last line that is nothing but a verdict, and ``[[A]]`` anywhere. A thought in ``<think>`` is no
+    answer.
     """
     plain = THOUGHT.sub("", unicodedata.normalize("NFKC", text))
     if "</think>" in plain.lower():  # servers that put the opening mark into the prompt
@@ -164,11 +165,15 @@ def parse(text: str) -> float | None:
         if not line.startswith(">") and (found := OPENING.match(line)):  # "> Verdict: A" is a quotation
             after = found[1] if found[1].strip(MARKS) or number + 1 == len(lines) else lines[number + 1]
             stated.append(_worth(after))
-    if not stated and (found := INLINE.match(lines[-1])):
-        stated.append(_worth(found[1]))
-    if not stated and ALONE.fullmatch(lines[-1]):
-        stated.append(WORTH.get(lines[-1].strip(MARKS).lower()))
-    stated += [WORTH[value.lower()] for value in BRACKETED.findall(plain)] if stated else []
+    if stated:
+        brackets = [found[1] for line in lines if (found := BRACKETED.fullmatch(line.strip(" \t*_`.")))]
+    else:
+        brackets = BRACKETED.findall(plain)
+        if found := INLINE.match(lines[-1]):
+            stated.append(_worth(found[1]))
+        elif ALONE.fullmatch(lines[-1]):
+            stated.append(WORTH[lines[-1].strip(MARKS).lower()])
+    stated += [WORTH[value.lower()] for value in brackets]
     return stated[0] if stated and len(set(stated)) == 1 else None
 
 
