@@ -74,6 +74,8 @@ class Chronicle:
         if event.aside:
             self._say(f"{len(event.aside)} pairs are set aside for people, in rounds/{event.number:05d}/aside.jsonl")
         if isinstance(self._judge, Bench):
+            for text in self._judge.warnings():
+                self._say(text)
             bill = self._judge.bill()
             self._journal.timing({"step": self._state.counters.step, "round": event.number, "judge": bill})
 

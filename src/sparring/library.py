@@ -16,6 +16,8 @@ from sparring.actors.served import Served
 from sparring.actors.shared import SharedWriter
 from sparring.config import Config
 from sparring.data.chat import Chat
+from sparring.judges.policy import PolicyJudge
+from sparring.judges.verdicts import read_instruction
 from sparring.methods.base import Writer
 from sparring.model import policy
 from sparring.model.parallel import World
@@ -92,9 +94,25 @@ class Library(Mapping[str, Writer]):
         """How many those are."""
         return len(self._known)
 
-    def _role(self, role: Role) -> Writer:
+    def as_judge(self, max_length: int, whose: Callable[[], str]) -> PolicyJudge:
+        """The policy as judge of responses; ``whose`` says whose weights it has."""
+        keys = self._config.judging
+        return PolicyJudge(
+            self._chat,
+            read_instruction(keys.judge_template, keys.judge_by),
+            writer=self._role("policy", alone=True),
+            playing=lambda: self._roles.playing("policy", alone=True),
+            whose=whose,
+            max_length=max_length,
+            max_new_tokens=keys.judge_max_new_tokens,
+            rows=self._config.generation.generation_batch_size,
+            batch_tokens=keys.judge_batch_tokens,
+            world=self._world,
+        )
+
+    def _role(self, role: Role, *, alone: bool = False) -> Writer:
         name = role if role in self._roles.kept() else "policy"
-        return self._local(lambda: self._roles.playing(role, alone=True), lambda: f"{name}@{self._step()}")
+        return self._local(lambda: self._roles.playing(role, alone=True), lambda: f"{name}@{self._step()}", alone=alone)
 
     def _loaded(self, where: str, name: str) -> Writer:
         about = self._config.model
@@ -122,7 +140,7 @@ class Library(Mapping[str, Writer]):
         label = f"{name}@{Path(where).name}" if name == "previous" else f"{name}@0"
         return self._local(playing, lambda: label)
 
-    def _local(self, playing: Callable[[], Any], source: Callable[[], str]) -> Writer:
+    def _local(self, playing: Callable[[], Any], source: Callable[[], str], *, alone: bool = False) -> Writer:
         writer = LocalWriter(
             playing,
             source=source,
@@ -132,4 +150,4 @@ class Library(Mapping[str, Writer]):
             batch_size=self._config.generation.generation_batch_size,
             tick=self._tick,
         )
-        return writer if self._world.size == 1 else SharedWriter(writer, self._world, self._device)
+        return writer if alone or self._world.size == 1 else SharedWriter(writer, self._world, self._device)

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,10 @@ class Session:
         self.config, self.journal, self.bars, self.world = config, journal, bars, world
         self.method: Method = config.method
         device = policy.pick_device(config.model.device)
-        self.judge: Judge = make_judge(config, device, world=world, tick=bars.moved)
-        if self.method.judged and isinstance(self.judge, NoJudge):
+        judging = {"world": world, "tick": bars.moved, "say": self._say}
+        own = config.judging.judge == "policy"  # which is there later
+        self.judge: Judge = NoJudge() if own else make_judge(config, device, **judging)
+        if self.method.judged and not own and isinstance(self.judge, NoJudge):
             raise ValueError(
                 f"{self.method.name} needs a judge: add --judge (verifier, reward_model, pairrm, llm, policy, human)"
             )
@@ -116,6 +119,9 @@ class Session:
             world=world,
             device=self.learner.device,
         )
+        if own:
+            judging["policy"] = partial(self.library.as_judge, self.max_length, lambda: str(self.about) + self._stamp())
+            self.judge = make_judge(config, device, **judging)
         self.context = Context(self.library, self.seeds, self.max_length, self.judge)
         rows_used = f"{len(self.prompts)} of {self.loaded.rows} rows used"
         self.results = Results(config, journal, roles, self.chat, world, rows=rows_used, dtype=self.dtype_shipped)

@@ -125,7 +125,7 @@ def rank_responses(config: Config, bars: Bars) -> Path:
     """Rank responses, file by file; the folder."""
     keys, folder = config.method, opened(config.method.output_dir, keys_as_text(config))
     files = shards_of(keys.responses, "responses")
-    judge = make_judge(config, policy.pick_device(config.model.device), tick=bars.moved)
+    judge = make_judge(config, policy.pick_device(config.model.device), tick=bars.moved, say=bars.say)
     if isinstance(judge, NoJudge):
         raise ValueError("no judge: add --judge (verifier, reward_model, pairrm, llm, human)")
     settings: dict[str, Any] = {}
@@ -147,6 +147,8 @@ def rank_responses(config: Config, bars: Bars) -> Path:
             places = {(s.prompt_id, s.place): s for s in judged.standings}
             write(shard(folder, number), (dict(row) | _standing(places, row) for row in rows))
     if isinstance(judge, Bench):
+        for text in judge.warnings():
+            bars.say(text, "yellow")
         bill = ", ".join(f"{name} {value:,.6g}" for name, value in judge.bill().items())
         bars.say(f"{judge.name}: {bill}", "dim")
     return folder

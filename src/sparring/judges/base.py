@@ -15,11 +15,23 @@ Answers = Iterator[tuple[int, float | None]]  # the place of what was asked, and
 class Pairwise(Protocol):
     """A judge of two responses at a time."""
 
-    name: str  # who judges, as judgments record it: "llm:gpt-4o"
-    identity: str  # all that its answers depend on besides what is asked: a cache's key
-    symmetric: bool  # whether the order of showing the two cannot matter, or is taken care of by the judge itself
     everywhere: ClassVar[bool]  # whether each of several processes judges a share; else the main one judges all
     tally: Counter[str]  # what it cost since it was last looked at: calls, failures, seconds, prompt_tokens, ...
+
+    @property
+    def name(self) -> str:
+        """Who judges, as judgments record it: ``llm:gpt-4o``."""
+        ...
+
+    @property
+    def identity(self) -> str:
+        """All that its answers depend on besides what is asked: a cache's key; of a model that learns, it changes."""
+        ...
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the order of showing the two cannot matter, or is taken care of by the judge itself."""
+        ...
 
     def compare(self, asked: Sequence[Comparison]) -> Answers:
         """The probability that ``a`` beats ``b``, for each comparison in whatever order answers come.

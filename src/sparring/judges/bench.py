@@ -46,6 +46,7 @@ class Bench:
         self.seeds, self.cache, self.override = seeds or Seeds(0), cache, override
         self.world, self.device, self.tick = world, device, tick
         self.name = judge.name
+        self._told = 0
         self.spent: dict[str, float] = defaultdict(float)  # asked, cached, seconds, and the judge's own tally
 
     @property
@@ -74,6 +75,13 @@ class Bench:
         """What was spent since the last bill: asked, cached, seconds, and what the judge itself counted."""
         spent, self.spent = dict(self.spent), defaultdict(float)
         return spent
+
+    def warnings(self) -> list[str]:
+        """What a person should be told of the judge's troubles, each once."""
+        said: list[str] = getattr(self.judge, "warnings", [])
+        new = said[self._told :]
+        self._told = len(said)
+        return new
 
     def _by_scores(self, asked: Sequence[Comparison]) -> list[Verdict]:
         sides = [(each.prompt, side) for each in asked for side in (each.a, each.b)]
@@ -119,6 +127,7 @@ class Bench:
         self.tick(len(keys) - len(missing))
         shares = self.world.deal([sizes[i] for i in missing]) if self.judge.everywhere else [list(range(len(missing)))]
         mine = [missing[i] for i in shares[self.world.rank]] if self.world.rank < len(shares) else []
+        together = self.judge.everywhere and self.world.size > 1  # a sharded model's weights are gathered by all
         fresh: dict[str, float | None] = {}
         for place, answer in (
             ask(mine) if mine else ()

@@ -23,6 +23,7 @@ def make_judge(
     policy: Callable[[], Pairwise] | None = None,
     world: World = ALONE,
     tick: Callable[[int], None] = lambda done: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Judge:
     """The bench with the judge of ``config``; nobody where none is named.
 
@@ -42,7 +43,7 @@ def make_judge(
         if override is not None:
             raise ValueError("human_labels overrule a judge, and there is none: add --judge human, or another")
         return NoJudge()
-    judge = _made(config, device, policy, world)
+    judge = _made(config, device, policy, say)
     return Bench(
         judge,
         orders=keys.judge_orders,
@@ -57,7 +58,7 @@ def make_judge(
 
 
 def _made(
-    config: Config, device: torch.device, policy: Callable[[], Pairwise] | None, world: World
+    config: Config, device: torch.device, policy: Callable[[], Pairwise] | None, say: Callable[[str], None]
 ) -> Pairwise | Scoring:
     keys = config.judging
 
@@ -92,7 +93,7 @@ def _made(
     if keys.judge == "llm":
         from sparring.judges.llm import LLMJudge
 
-        return LLMJudge.of(keys, needed("judge_model_name_or_path"))
+        return LLMJudge(keys, say=say)
     if policy is None:
         raise ValueError("judge is policy, and there is none here: give judge llm an endpoint, or train")
     return policy()
