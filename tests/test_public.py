@@ -8,10 +8,12 @@ import pytest
 import sparring
 
 PUBLIC = [
+    "BestOfK",
     "DPO",
     "DPOP",
     "Hinge",
     "IPO",
+    "IPR",
     "KTO",
     "ORPO",
     "Pair",
@@ -20,7 +22,11 @@ PUBLIC = [
     "Run",
     "SAPO",
     "SFT",
+    "SPIN",
+    "SPPO",
+    "SPPOOffline",
     "SimPO",
+    "TSO",
     "resume",
     "train",
 ]

@@ -29,11 +29,35 @@ COMMON = {
 METHODS = {
     "sapo": {"segment_tokens": 8, "ema_every": 2, "reference_every": 5, "buffer_size": 20, "generate_ahead": 3},
     "dpo": {"beta": 0.1},
+    "sppo": {
+        "beta": 0.05,
+        "rounds": 3,
+        "num_train_epochs": 2,
+        "responses_per_prompt": 4,
+        "max_new_tokens": 16,
+        "shard_prompts": 4,
+        "judge": "verifier",
+        "judge_concurrency": 2,
+        "judge_scale": 5,
+    },
 }
+# Every call leaves a line, so that what was paid for twice is seen.
+VERIFIER = """
+import os, time
+def score(prompt, response, row):
+    line = repr((prompt, response, row["finished"])).encode() + b"\\n"
+    log = os.open(os.environ["CALLS"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(log, line)
+    os.close(log)
+    time.sleep(0.002)
+    return len(set(response.split()) & set(row["completion"].split())) / 12
+"""
 
 
 def command(name: str, model: Path, data: Path, out: Path) -> list[str]:
     keys = {**COMMON, **METHODS[name], "model_name_or_path": model, "dataset_name": data, "output_dir": out}
+    if name == "sppo":
+        keys["verifier"] = f"{data.parent / 'verifier.py'}:score"
     return [sys.executable, "-m", "sparring", name, *(word for k, v in keys.items() for word in (f"--{k}", str(v)))]
 
 
@@ -42,7 +66,7 @@ def state(folder: Path) -> dict[str, bytes]:
     files = [
         *folder.glob("model*/*.safetensors"),
         *checkpoint.found(folder / "checkpoints")[-1].iterdir(),
-        *folder.glob("rounds/*/*"),
+        *(file for file in folder.glob("rounds/**/*") if file.is_file()),
         folder / "metrics.jsonl",
     ]
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
@@ -53,7 +77,7 @@ def kill_and_resume(name: str, inputs: tuple[Path, Path], folder: Path, rng: ran
     struck = 0
     words = command(name, *inputs, folder)
     for attempt in range(kills + 1):
-        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(folder))
         if attempt < kills:
             _wait_for_progress(process, folder, rng)
             process.send_signal(signal.SIGKILL)
@@ -67,14 +91,28 @@ def kill_and_resume(name: str, inputs: tuple[Path, Path], folder: Path, rng: ran
     return struck
 
 
+def environment(folder: Path) -> dict[str, str]:
+    """A cache and a log of the verifier's calls beside ``folder``."""
+    return os.environ | {"SPARRING_CACHE": f"{folder}.cache", "CALLS": f"{folder}.calls"}
+
+
+def calls(folder: Path) -> list[bytes]:
+    """What the verifier was asked, call by call."""
+    return Path(f"{folder}.calls").read_bytes().splitlines()
+
+
 def _wait_for_progress(process: "subprocess.Popen[bytes]", folder: Path, rng: random.Random) -> None:
     """Until the run has made some more updates, and then a random moment."""
-    metrics = folder / "metrics.jsonl"
-    size = metrics.stat().st_size if metrics.exists() else 0
+    metrics, log = folder / "metrics.jsonl", Path(f"{folder}.calls")
+
+    def written() -> int:
+        return sum(file.stat().st_size for file in (metrics, log) if file.exists())
+
+    size = written()
     wanted = size + rng.randint(1, 4000)
     until = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < until:
-        if metrics.exists() and (metrics.stat().st_size >= wanted or metrics.stat().st_size < size):
+        if not size <= written() < wanted:
             break
         time.sleep(0.002)
     time.sleep(rng.random() * 0.05)
@@ -83,15 +121,17 @@ def _wait_for_progress(process: "subprocess.Popen[bytes]", folder: Path, rng: ra
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
     folder = tmp_path_factory.mktemp("inputs")
+    (folder / "verifier.py").write_text(VERIFIER)
     model = toy_folder(folder / "model")
     return {
         "sapo": (model, write_rows(folder / "rows.jsonl", 40)),
         "dpo": (model, write_pairs(folder / "pairs.jsonl", 40)),
+        "sppo": (model, folder / "rows.jsonl"),
     }
 
 
 def unbroken(name: str, inputs: tuple[Path, Path], folder: Path) -> dict[str, bytes]:
-    subprocess.run(command(name, *inputs, folder), check=True, capture_output=True)
+    subprocess.run(command(name, *inputs, folder), check=True, capture_output=True, env=environment(folder))
     return state(folder)
 
 
@@ -105,6 +145,21 @@ def test_sapo_killed_three_times_ends_as_if_never_stopped(inputs: dict[str, tupl
     struck = kill_and_resume("sapo", inputs["sapo"], tmp_path / "broken", random.Random(7), 3)
     assert struck >= 2
     assert_same(state(tmp_path / "broken"), expected)
+
+
+def test_sppo_killed_three_times_ends_as_if_never_stopped_and_pays_for_no_judgment_twice(
+    inputs: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    expected = unbroken("sppo", inputs["sppo"], whole)
+    assert {"rounds/00002/pairs.parquet", "rounds/00002/lineage.json", "metrics.jsonl"} <= expected.keys()
+    struck = kill_and_resume("sppo", inputs["sppo"], broken, random.Random(11), 3)
+    assert struck >= 2
+    assert_same(state(broken), expected)
+    once = set(calls(whole))
+    assert len(calls(whole)) == len(once) >= 60
+    assert set(calls(broken)) == once
+    assert len(calls(broken)) <= len(once) + 2 * struck  # what two workers had in their hands at a kill
 
 
 @pytest.mark.slow

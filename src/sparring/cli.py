@@ -15,11 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from sparring.config import PARTS, keys_of, resolve
-from sparring.keys import nearest, read
+from sparring.keys import Flags, flags, nearest, read
 from sparring.methods import METHODS, method
 from sparring.recipes import read_recipe
-
-Flags = dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,27 +77,6 @@ def command() -> NoReturn:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
-
-
-def flags(words: Sequence[str]) -> Flags:
-    """``--key value``, ``--key=value`` and, for a switch, ``--key`` alone; ValueError for anything else."""
-    found: Flags = {}
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("--"):
-            raise ValueError(f"{word!r} stands alone: settings are written --key value")
-        name, equals, value = word[2:].partition("=")
-        name = name.replace("-", "_")
-        if name in found:
-            raise ValueError(f"--{name} is given twice")
-        if equals:
-            found[name] = value
-        elif rest and not rest[0].startswith("--"):
-            found[name] = rest.pop(0)
-        else:
-            found[name] = True
-    return found
 
 
 def _train(name: str, words: list[str]) -> int:
@@ -187,11 +164,7 @@ def _stage(name: str, words: list[str]) -> int:
     from sparring import stages
     from sparring.progress import Bars
 
-    kind, parts, work = {
-        "generate": (stages.Generate, ("model", "data", "generation"), stages.generate),
-        "rank": (stages.Rank, ("judging", "model"), stages.rank_responses),
-        "pairs": (stages.MakePairs, (), stages.pairs_of),
-    }[name]
+    kind, parts, work = stages.STAGES[name]
     if _wants_help(words, kind, parts):
         return 0
     given = flags(words)

@@ -8,11 +8,12 @@ import math
 import operator
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
+Flags = dict[str, Any]
 BOUNDS = {
     "above": (operator.gt, "above"),
     "least": (operator.ge, "at least"),
@@ -127,3 +128,24 @@ def read(name: str, value: Any, kind: Any) -> Any:
     elif kind is str and isinstance(value, (str, Path)):
         return str(value)
     raise ValueError(f"{name} is {value!r}: it must be {shown(kind)}")
+
+
+def flags(words: Sequence[str]) -> Flags:
+    """``--key value``, ``--key=value`` and, for a switch, ``--key`` alone; ValueError for anything else."""
+    found: Flags = {}
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            raise ValueError(f"{word!r} stands alone: settings are written --key value")
+        name, equals, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        if name in found:
+            raise ValueError(f"--{name} is given twice")
+        if equals:
+            found[name] = value
+        elif rest and not rest[0].startswith("--"):
+            found[name] = rest.pop(0)
+        else:
+            found[name] = True
+    return found

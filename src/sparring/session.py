@@ -59,7 +59,7 @@ class Session:
         self.config, self.journal, self.bars, self.world = config, journal, bars, world
         self.method: Method = config.method
         device = policy.pick_device(config.model.device)
-        judging = {"world": world, "tick": bars.moved, "say": self._say}
+        judging: dict[str, Any] = {"world": world, "tick": bars.moved, "say": self._say}
         own = config.judging.judge == "policy"  # which is there later
         self.judge: Judge = NoJudge() if own else make_judge(config, device, **judging)
         if self.method.judged and not own and isinstance(self.judge, NoJudge):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -197,3 +197,10 @@ def _standing(places: dict[tuple[int, int], Standing], row: Row) -> Row:
 def _cut(prompts: Sequence[Prompt], size: int) -> Iterator[Sequence[Prompt]]:
     for first in range(0, len(prompts), size):
         yield prompts[first : first + size]
+
+
+STAGES: dict[str, tuple[type, tuple[str, ...], Callable[[Config, Bars], Path]]] = {  # settings, other keys, the work
+    "generate": (Generate, ("model", "data", "generation"), generate),
+    "rank": (Rank, ("judging", "model"), rank_responses),
+    "pairs": (MakePairs, (), pairs_of),
+}

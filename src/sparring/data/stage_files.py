@@ -113,10 +113,12 @@ def opened(name: str, about: str) -> Path:
 
 
 def shard(folder: Path, number: int) -> Path:
+    """The file of a shard."""
     return folder / f"{number:05d}.parquet"
 
 
 def shards_of(name: str, what: str) -> list[Path]:
+    """The files of a folder, or the file; ValueError, which says ``what`` they are, where there is none."""
     path = Path(name) if name else None
     found = [path] if path and path.is_file() else sorted(path.glob("*.parquet")) if path else []
     if not found:
@@ -125,6 +127,7 @@ def shards_of(name: str, what: str) -> list[Path]:
 
 
 def read(file: Path, needs: Sequence[str]) -> list[Row]:
+    """A file's rows; ValueError where it lacks a column."""
     rows: list[Row] = pq.read_table(file).to_pylist()
     missing = [name for name in needs if rows and name not in rows[0]]
     if missing:
@@ -133,6 +136,7 @@ def read(file: Path, needs: Sequence[str]) -> list[Row]:
 
 
 def write(file: Path, rows: Iterable[Row]) -> None:
+    """Write rows; the file appears when it is whole."""
     part = file.with_name(f".{file.name}.part")
     pq.write_table(pa.Table.from_pylist(list(rows)), part, compression="zstd")
     part.replace(file)

@@ -46,7 +46,7 @@ class Bench:
         self.seeds, self.cache, self.override = seeds or Seeds(0), cache, override
         self.world, self.device, self.tick = world, device, tick
         self.name = judge.name
-        self._told = 0
+        self._shown = 0
         self.spent: dict[str, float] = defaultdict(float)  # asked, cached, seconds, and the judge's own tally
 
     @property
@@ -79,8 +79,8 @@ class Bench:
     def warnings(self) -> list[str]:
         """What a person should be told of the judge's troubles, each once."""
         said: list[str] = getattr(self.judge, "warnings", [])
-        new = said[self._told :]
-        self._told = len(said)
+        new = said[self._shown :]
+        self._shown = len(said)
         return new
 
     def _by_scores(self, asked: Sequence[Comparison]) -> list[Verdict]:
@@ -129,9 +129,8 @@ class Bench:
         mine = [missing[i] for i in shares[self.world.rank]] if self.world.rank < len(shares) else []
         together = self.judge.everywhere and self.world.size > 1  # a sharded model's weights are gathered by all
         fresh: dict[str, float | None] = {}
-        for place, answer in (
-            ask(mine) if mine else ()
-        ):  # each on the disk at once: an interrupted round has paid for what it has
+        # Each is on the disk at once: an interrupted round has paid for what it has.
+        for place, answer in ask(mine) if mine or together else ():
             fresh[keys[mine[place]]] = answer
             self._keep({keys[mine[place]]: answer})
             self.tick(1)
