@@ -83,7 +83,7 @@ def test_right_answers_arrive_through_every_kind_of_fault_and_the_ledger_counts_
     with serving(faults) as server:
         asked = judge(
             server.url,
-            judge_timeout=0.6,
+            judge_timeout=1.5,
             judge_retries=3,
             judge_price_in=2.0,
             judge_price_out=10.0,
