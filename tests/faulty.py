@@ -68,6 +68,12 @@ class Handler(BaseHTTPRequestHandler):
         if name == "stall":
             server.released.wait(float(argument))
             self.close_connection = True
+        elif name == "trickle":
+            whole = completion(prompt, "answer", body)
+            self.reply(200, "", length=len(whole))
+            for letter in whole:
+                self.wfile.write(letter.encode())
+                server.released.wait(float(argument))
         elif name == "close":
             self.close_connection = True
         elif name == "half":

@@ -67,7 +67,7 @@ def test_right_answers_arrive_through_every_kind_of_fault_and_the_ledger_counts_
     faults = {
         0: ["429 0.3"],
         1: ["500", "503"],
-        2: ["stall 2"],
+        2: ["stall 4"],
         3: ["close"],
         4: ["json"],
         5: ["html"],
@@ -83,7 +83,7 @@ def test_right_answers_arrive_through_every_kind_of_fault_and_the_ledger_counts_
     with serving(faults) as server:
         asked = judge(
             server.url,
-            judge_timeout=0.6,
+            judge_timeout=1.5,
             judge_retries=3,
             judge_price_in=2.0,
             judge_price_out=10.0,
@@ -116,13 +116,20 @@ def test_right_answers_arrive_through_every_kind_of_fault_and_the_ledger_counts_
 def test_nothing_is_asked_before_retry_after_is_over(date: bool) -> None:
     wait = email.utils.formatdate(time.time() + 2, usegmt=True) if date else "0.5"
     least = 0.9 if date else 0.5  # a date has whole seconds
-    with serving({0: [f"429 {wait}"]}) as server:
+    with serving({0: [f"429 {wait}"]}, delay=lambda number: 0.1 if number == 1 else 0.0) as server:
         began = time.monotonic()
-        assert dict(judge(server.url, judge_concurrency=1).compare(questions(2))) == right(2)
-        first, second = server.times[0]
-    assert least <= second - first < 3
-    assert server.times[1][0] > second
+        assert dict(judge(server.url, judge_concurrency=2).compare(questions(4))) == right(4)
+        refused, again = server.times[0]
+    assert least <= again - refused < 3
+    assert min(server.times[2][0], server.times[3][0]) - refused >= least  # no question at all, not only that one
     assert time.monotonic() - began < 4
+
+
+def test_an_answer_that_trickles_in_is_no_answer_in_time() -> None:
+    with serving({0: ["trickle 0.1"]}) as server:
+        mine = judge(server.url, judge_timeout=1.0)
+        assert dict(mine.compare(questions(2))) == right(2)
+    assert mine.tally["retries/timeout"] == 1
 
 
 def test_no_more_requests_are_under_way_than_concurrency_allows_and_no_fewer() -> None:
@@ -256,6 +263,13 @@ def test_a_dead_endpoint_is_an_error_after_a_few_questions_not_thousands_of_none
         list(mine.compare(questions(1000)))
     assert url in str(caught.value)
     assert mine.tally["calls"] <= 3 * 4
+
+
+def test_questions_that_are_given_up_between_others_that_are_answered_are_counted_not_an_error() -> None:
+    with serving({number: ["500"] * 2 for number in range(1, 16, 2)}) as server:
+        mine = judge(server.url, judge_concurrency=1, judge_retries=1)
+        assert dict(mine.compare(questions(16))) == {n: p if n % 2 == 0 else None for n, p in right(16).items()}
+    assert mine.tally["failures/500"] == 8
 
 
 def test_a_question_that_is_refused_after_others_were_answered_is_a_counted_failure() -> None:

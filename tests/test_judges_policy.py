@@ -37,7 +37,9 @@ ASKED = [comparison(number) for number in range(len(TAUGHT))]
 
 @pytest.fixture(scope="module")
 def chat() -> Chat:
-    return Chat(toy_tokenizer("chatml"))
+    tokenizer = toy_tokenizer("chatml")
+    tokenizer.add_tokens(["ĠA", "ĠB"])  # as vocabularies spell them behind a space
+    return Chat(tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +117,7 @@ def test_log_probs_are_those_of_the_models_own_forward_pass_whatever_stands_besi
         a, b = (sum(last[i].item() for i in letters(chat)[which]) for which in ("A", "B"))
         expected.append(a / (a + b))
     assert max(expected) - min(expected) > 0.01
+    assert {which: len(ids) for which, ids in letters(chat).items()} == {"A": 2, "B": 2}
     together = dict(judge(chat, model, "logprobs").compare(ASKED))
     apart = dict(judge(chat, model, "logprobs", rows=1).compare(ASKED))
     narrow = dict(judge(chat, model, "logprobs", batch_tokens=1).compare(ASKED[::-1]))
