@@ -28,13 +28,15 @@ class Archive:
         *,
         requests: int = 1,
         shards: int = 1,
+        after_judging: Callable[[int], None] = lambda number: None,
     ) -> None:
         """In ``folder``; ``stamp`` says what responses and judgments of now depend on.
 
-        ``bars`` show the work: ``requests`` responses to each prompt, in so many ``shards``.
+        ``bars`` show the work: ``requests`` responses to each prompt, in so many ``shards``. ``after_judging`` is told the round's
+        number when a shard was judged.
         """
         self._folder, self._stamp, self._bars, self._world = folder, stamp, bars, world
-        self._requests, self._shards = requests, shards
+        self._requests, self._shards, self._after_judging = requests, shards, after_judging
 
     def groups(
         self, number: int, shard: int, prompts: Sequence[Prompt], make: Callable[[], list[Group]]
@@ -60,6 +62,7 @@ class Archive:
             return Judged(list(parquet.read(judgments, Judgment)), list(parquet.read(standings, Standing)))
         with self._bars.stage(self._named("judges", number, shard), None, unit="answers"):
             made = make()
+        self._after_judging(number)
         if self._world.main:
             parquet.write(standings, Standing, made.standings, stamp=self._stamp())
             parquet.write(judgments, Judgment, made.judgments, stamp=self._stamp())

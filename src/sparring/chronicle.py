@@ -73,11 +73,13 @@ class Chronicle:
         )
         if event.aside:
             self._say(f"{len(event.aside)} pairs are set aside for people, in rounds/{event.number:05d}/aside.jsonl")
+
+    def judged(self, number: int) -> None:
+        """A part of a round was judged: write down what that cost, and say what went wrong."""
         if isinstance(self._judge, Bench):
             for text in self._judge.warnings():
                 self._say(text)
-            bill = self._judge.bill()
-            self._journal.timing({"step": self._state.counters.step, "round": event.number, "judge": bill})
+            self._journal.judging({"round": number, "judge": self._judge.name} | self._judge.bill())
 
     def _log(self, line: dict[str, Any], metrics: Mapping[str, float]) -> list[str]:
         news = self._monitor.alarms(metrics)

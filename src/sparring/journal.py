@@ -57,6 +57,20 @@ class Journal:
         if self.writes:
             _append(self.folder / "timings.jsonl", line)
 
+    def judging(self, line: Mapping[str, Any]) -> None:
+        """Append what a part of a round's judging cost; it is never taken back, for it is paid."""
+        if self.writes:
+            _append(self.folder / "judging.jsonl", line)
+
+    def spent_on_judging(self) -> dict[str, float]:
+        """The sums of all that judging cost so far."""
+        sums: dict[str, float] = {}
+        for line in read_lines(self.folder / "judging.jsonl"):
+            for name, value in line.items():
+                if isinstance(value, (int, float)):
+                    sums[name] = sums.get(name, 0) + value
+        return sums
+
     def length(self) -> int:
         """Bytes of metrics.jsonl, on the disk."""
         file = self.folder / "metrics.jsonl"

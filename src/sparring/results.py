@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,6 +34,18 @@ class Results:
         if "ema" in kept:
             self._write(self._journal.folder / "model_ema", kept["ema"], "The EMA of the policy")
         self._write(self._journal.model, kept["policy"], "The policy")
+
+    def keep(self, last: bool, number: int, step: int, total: int) -> None:
+        """The policy after update ``step``, where it is to be kept: as the ``last`` of a round, or at a share of the run."""
+        run = self._config.run
+        if last and run.keep_round_models:
+            self.on_the_way(f"round-{number:05d}", f"The policy after round {number}")
+        if step in {math.ceil(share * total) for share in run.keep_models_at or ()}:
+            self.on_the_way(f"step-{step:06d}", f"The policy after update {step}")
+
+    def of_a_round_ago(self, number: int) -> str | None:
+        """Where the policy lies as the round before ``number`` found it; None: it was the start."""
+        return str(self._journal.folder / "models" / f"round-{number - 1:05d}") if number > 1 else None
 
     def on_the_way(self, name: str, what: str) -> None:
         """The policy of now, in ``models/name``; one that is there already is the same."""

@@ -24,7 +24,7 @@ from sparring.journal import Journal, Run, tracker
 from sparring.judges.make import make_judge
 from sparring.learner import Learner
 from sparring.library import Library
-from sparring.loop import Round, Update, planned, play
+from sparring.loop import Round, planned, play
 from sparring.methods.base import Context, Judge, Method, NoJudge, reference_goes_first
 from sparring.model import policy
 from sparring.model.dry import asked
@@ -60,6 +60,7 @@ class Session:
         self.method: Method = config.method
         device = policy.pick_device(config.model.device)
         judging: dict[str, Any] = {"world": world, "tick": bars.moved, "say": self._say}
+        judging["spent"] = journal.spent_on_judging()
         own = config.judging.judge == "policy"  # which is there later
         self.judge: Judge = NoJudge() if own else make_judge(config, device, **judging)
         if self.method.judged and not own and isinstance(self.judge, NoJudge):
@@ -111,7 +112,7 @@ class Session:
             self.chat,
             step=lambda: self.state.counters.step,
             stamp=lambda: f"{self.about['start_fingerprint']} of {config.run.seed}, {self._stamp()}",
-            previous=self._model_of_a_round_ago,
+            previous=lambda: self.results.of_a_round_ago(self.state.counters.round),
             lay_down=lambda where: self.results.lay_down(where),
             folder=journal.folder / "serving",
             say=self._say,
@@ -128,7 +129,15 @@ class Session:
         count = self.cadence.prompts_per_round or len(self.prompts)
         shards, requests = math.ceil(count / config.generation.shard_prompts), asked(self.method, 2, self.max_length)[1]
         folder = journal.folder / "rounds"
-        self.archive = Archive(folder, self._stamp, bars, world, requests=requests, shards=shards)
+        self.archive = Archive(
+            folder,
+            self._stamp,
+            bars,
+            world,
+            requests=requests,
+            shards=shards,
+            after_judging=self._after_judging,
+        )
         self.probe = Probe(self.learner, self.context, self.journal.folder / "probe.json")
         run_name, report_to = config.run.run_name or journal.folder.name, config.run.report_to
         self.tracker = tracker(report_to if world.main else "none", journal.folder, run_name, config.flat())
@@ -229,7 +238,7 @@ class Session:
                     return Run(
                         folder, "interrupted", f"stopped by a signal after update {now.step}: sparring resume {folder}"
                     )
-                self._keep_model(event)
+                self.results.keep(event.last, now.round, now.step, self.total_steps)
                 if (now.step % self.config.run.save_steps == 0 or event.last) and now.step < self.total_steps:
                     self._save()
             for text in news:
@@ -263,18 +272,8 @@ class Session:
         self.bars.say(f"rolled back from update {before} to {now.step}, learning rate times {scale:g}", "bold yellow")
         self.journal.metrics({"step": now.step, "rolled_back_from": before, "rate_scale": scale, "alarms": list(news)})
 
-    def _keep_model(self, event: Update) -> None:
-        """The policy as it is, where it is to be kept: at a round's end, and at shares of the run."""
-        run, now = self.config.run, self.state.counters
-        if event.last and run.keep_round_models:
-            self.results.on_the_way(f"round-{now.round:05d}", f"The policy after round {now.round}")
-        if now.step in {math.ceil(share * self.total_steps) for share in run.keep_models_at or ()}:
-            self.results.on_the_way(f"step-{now.step:06d}", f"The policy after update {now.step}")
-
-    def _model_of_a_round_ago(self) -> str | None:
-        """Where the policy as the last round found it lies; None: it was the start."""
-        number = self.state.counters.round - 1
-        return str(self.journal.folder / "models" / f"round-{number:05d}") if number > 0 else None
+    def _after_judging(self, number: int) -> None:
+        self.chronicle.judged(number)
 
     def _stamp(self) -> str:
         """What responses and judgments of now depend on, besides the run's configuration."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import ClassVar, Protocol
 
 from sparring.methods.base import Comparison
 from sparring.records import Prompt, Response
 
-Answers = Iterator[tuple[int, float | None]]  # the place of what was asked, and the answer; None: could not be judged
+Answers = Generator[
+    tuple[int, float | None], None, None
+]  # the place of what was asked, and the answer; None: could not be judged
 
 
 class Pairwise(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections import defaultdict
@@ -45,9 +46,13 @@ class Bench:
         self.judge, self.orders, self.scale = judge, orders, scale
         self.seeds, self.cache, self.override = seeds or Seeds(0), cache, override
         self.world, self.device, self.tick = world, device, tick
-        self.name = judge.name
         self._shown = 0
         self.spent: dict[str, float] = defaultdict(float)  # asked, cached, seconds, and the judge's own tally
+
+    @property
+    def name(self) -> str:
+        """Who judges."""
+        return self.judge.name
 
     @property
     def scores(self) -> bool:
@@ -130,10 +135,13 @@ class Bench:
         together = self.judge.everywhere and self.world.size > 1  # a sharded model's weights are gathered by all
         fresh: dict[str, float | None] = {}
         # Each is on the disk at once: an interrupted round has paid for what it has.
-        for place, answer in ask(mine) if mine or together else ():
-            fresh[keys[mine[place]]] = answer
-            self._keep({keys[mine[place]]: answer})
-            self.tick(1)
+        with contextlib.closing(
+            ask(mine) if mine or together else iter(())
+        ) as answers:  # what goes wrong here stops the judge
+            for place, answer in answers:
+                fresh[keys[mine[place]]] = answer
+                self._keep({keys[mine[place]]: answer})
+                self.tick(1)
         if self.world.size > 1:
             fresh = self._told([keys[i] for i in missing], fresh)
             self._keep(fresh)

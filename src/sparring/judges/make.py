@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -24,10 +24,12 @@ def make_judge(
     world: World = ALONE,
     tick: Callable[[int], None] = lambda done: None,
     say: Callable[[str], None] = lambda text: None,
+    spent: Mapping[str, float] | None = None,
 ) -> Judge:
     """The bench with the judge of ``config``; nobody where none is named.
 
-    ``policy`` makes the judge that the policy itself is. Raises ValueError for a judge without what it needs.
+    ``policy`` makes the judge that the policy itself is; ``spent`` is what earlier judging cost, which counts against a
+    budget. Raises ValueError for a judge without what it needs.
     """
     keys = config.judging
     override = None
@@ -43,7 +45,7 @@ def make_judge(
         if override is not None:
             raise ValueError("human_labels overrule a judge, and there is none: add --judge human, or another")
         return NoJudge()
-    judge = _made(config, device, policy, say)
+    judge = _made(config, device, policy, say, spent or {})
     return Bench(
         judge,
         orders=keys.judge_orders,
@@ -58,7 +60,11 @@ def make_judge(
 
 
 def _made(
-    config: Config, device: torch.device, policy: Callable[[], Pairwise] | None, say: Callable[[str], None]
+    config: Config,
+    device: torch.device,
+    policy: Callable[[], Pairwise] | None,
+    say: Callable[[str], None],
+    spent: Mapping[str, float],
 ) -> Pairwise | Scoring:
     keys = config.judging
 
@@ -93,7 +99,7 @@ def _made(
     if keys.judge == "llm":
         from sparring.judges.llm import LLMJudge
 
-        return LLMJudge(keys, say=say)
+        return LLMJudge(keys, say=say, spent={name: int(value) for name, value in spent.items()})
     if policy is None:
         raise ValueError("judge is policy, and there is none here: give judge llm an endpoint, or train")
     return policy()
