@@ -75,8 +75,9 @@ def round_robin(count: int, draw: random.Random, comparisons: int | None = None)
 def winner_stays(count: int, draw: random.Random, last: bool = True) -> Game:
     """The winner of each comparison meets the next response: M-1 comparisons find the best, at most 2M-3 the best and the last.
 
-    Candidates come in random order. A tie, or what could not be judged, keeps whoever stands there. Without ``last`` only the best
-    is looked for. Source: arXiv 2411.05875; a reconstruction from its abstract and idea.
+    Candidates come in random order. A tie, or what could not be judged, keeps whoever stands there; a response of which nothing was
+    judged is neither best nor last. Without ``last`` only the best is looked for. Source: arXiv 2411.05875; a reconstruction from its
+    abstract and idea.
     """
     order = list(range(count))
     draw.shuffle(order)
@@ -87,10 +88,12 @@ def winner_stays(count: int, draw: random.Random, last: bool = True) -> Game:
         p = ledger.of(challenger, best)
         best = challenger if p is not None and p > 0.5 else best
     places = [Place(win_rate=ledger.win_rate(i)) for i in range(count)]
+    if places[best].win_rate is None:
+        return places
     places[best].rank = 0
-    if last and count > 1:
-        others = [i for i in order if i != best]
-        worst = others[0]
+    if last:
+        others = [i for i in order if i != best and places[i].win_rate is not None]
+        worst = others[0]  # there is one: the best was judged against somebody
         for challenger in others[1:]:
             if (worst, challenger) not in ledger:
                 ledger.note([(worst, challenger)], (yield [(worst, challenger)]))

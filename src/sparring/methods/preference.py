@@ -72,7 +72,7 @@ class Preference(Method):
 
     def metrics(self, logps: LogProbs) -> dict[str, Tensor]:
         """bcr/drop: fall of the chosen log-prob below the reference; bcr/over_budget: share of pairs beyond bcr_delta."""
-        if not self.bcr_lambda:
+        if not self.bcr_lambda or self.cadence(1, 1).reference == "none":  # an endless budget asks for no reference
             return {}
         fallen = bounds.drop(logps.chosen_ratio, logps.chosen_tokens, on=self.bcr_on)
         return {"bcr/drop": fallen, "bcr/over_budget": (fallen > self.bcr_delta).to(fallen.dtype)}
