@@ -273,7 +273,7 @@ def test_what_is_wrong_is_said_before_anything_is_loaded(inputs: dict[str, Any],
     model = str(inputs["model_name_or_path"])
     for words, said in (
         (["--model_name_or_path", model], "no method"),
-        (["spao", "--model_name_or_path", model], "did you mean 'sapo'?"),
+        (["spao", "--model_name_or_path", model], "did you mean 'sppo'?"),
         (["sapo"], "model_name_or_path is missing"),
         (["sapo", "--model_name_or_path", "./nowhere"], "no folder ./nowhere"),
         (["sapo", "--model_name_or_path", model, "--bet", "1"], "did you mean 'beta'?"),

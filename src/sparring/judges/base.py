@@ -9,9 +9,8 @@ from typing import ClassVar, Protocol
 from sparring.methods.base import Comparison
 from sparring.records import Prompt, Response
 
-Answers = Generator[
-    tuple[int, float | None], None, None
-]  # the place of what was asked, and the answer; None: could not be judged
+# The place of what was asked, and the answer; None: it could not be judged.
+Answers = Generator[tuple[int, float | None], None, None]
 
 
 class Pairwise(Protocol):

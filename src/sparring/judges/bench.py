@@ -136,7 +136,7 @@ class Bench:
         fresh: dict[str, float | None] = {}
         # Each is on the disk at once: an interrupted round has paid for what it has.
         with contextlib.closing(
-            ask(mine) if mine or together else iter(())
+            ask(mine) if mine or together else _nothing()
         ) as answers:  # what goes wrong here stops the judge
             for place, answer in answers:
                 fresh[keys[mine[place]]] = answer
@@ -175,6 +175,10 @@ def _agreed(p: float | None, q: float | None) -> Verdict:
     agree = (p > 0.5) == (q > 0.5) and (p < 0.5) == (q < 0.5)
     contradict = (p - 0.5) * (q - 0.5) < 0
     return Verdict(0.5 if contradict else (p + q) / 2, agree)
+
+
+def _nothing() -> Answers:
+    yield from ()
 
 
 def _texts(each: Comparison) -> tuple[str, ...]:

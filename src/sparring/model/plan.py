@@ -1,7 +1,4 @@
-"""What a run will take of its device's memory, part by part, before anything is loaded; and the micro-batch that fits.
-
-Weights and what is kept for each of them are counted from the model's configuration, passes by :mod:`sparring.model.trace`.
-"""
+"""What a run will take of its device's memory, part by part, before anything is loaded; and the micro-batch that fits."""
 
 from __future__ import annotations
 
@@ -178,8 +175,7 @@ def saturated(device: torch.device, lengths: Lengths) -> int:
 def expected(config: Config, about: PretrainedConfig) -> Lengths:
     """The greatest lengths that ``config`` lets through, whatever the data are."""
     limit = getattr(about.get_text_config(), "max_position_embeddings", None) or config.data.max_length
-    longest = min(config.data.max_length, limit)
-    return lengths_of((), config.method, longest, longest)
+    return lengths_of((), config.method, longest := min(config.data.max_length, limit), longest)
 
 
 def lengths_of(
@@ -191,17 +187,19 @@ def lengths_of(
     known = {p.id: [r.token_ids for r in (p.human, p.rejected) if r][:given] for p in prompts}
     sequence = max((len(p.token_ids) + max(map(len, known[p.id]), default=0) for p in prompts), default=sequence)
     if writes and not given and prompts:  # what is trained on is all written
-        longest = [asked(method, 2 * len(p.token_ids), max_length)[2] for p in prompts[:1]]
-        room = longest[0] - len(prompts[0].token_ids)
+        room = asked(method, 2 * (first := len(prompts[0].token_ids)), max_length)[2] - first
         sequence = max(min(len(p.token_ids) + room, max_length) for p in prompts)
     if not prompts and sides > 1:
         return Lengths(sequence, 2 * max_length, f"pairs of up to two times max_length {max_length}")
     if sides == 1:
         return Lengths(sequence, sequence, f"a longest sequence of {sequence} tokens")
     if writes:
-        pair, row = max((sum(map(len, known[p.id])) + (sides - given) * sequence, p.id) for p in prompts)
+        if not given:
+            pair, row = max((n + sides * min(room, max_length - n), p.id) for p in prompts for n in (len(p.token_ids),))
+            return Lengths(sequence, pair, f"row {row}, whose pair may have {pair} tokens, all of it to be written")
+        pair, row = max((sum(map(len, known[p.id])) + max_length, p.id) for p in prompts)
         return Lengths(
-            sequence, pair, f"row {row}, whose pair may have {pair} tokens, what is to be written up to its limit"
+            sequence, pair, f"row {row}, whose pair may have {pair} tokens, the one to be written up to max_length"
         )
     pair, row = max((packed_size(Group(p.token_ids, known[p.id]), share=share), p.id) for p in prompts)
     return Lengths(sequence, pair, f"row {row}, whose pair has {pair} tokens")
