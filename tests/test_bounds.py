@@ -1,4 +1,4 @@
-"""The budget for the chosen log-prob (BCR) and the dual clip: values and gradients by hand, and the limits that are known losses."""
+"""The budget for the chosen log-prob (BCR) and the dual clip: values and gradients by hand, and limits that are known losses."""
 
 import math
 from dataclasses import replace
@@ -11,7 +11,7 @@ from torch import Tensor
 from sparring import bounds, losses
 from sparring.methods.base import LogProbs
 from sparring.methods.ipr import IPR
-from sparring.methods.offline import DPO, DPOP, IPO, SPPOOffline, SimPO
+from sparring.methods.offline import DPO, DPOP, IPO, SimPO, SPPOOffline
 from sparring.methods.preference import Preference
 from sparring.methods.sapo import SAPO
 from sparring.methods.spin import SPIN

@@ -170,7 +170,10 @@ def test_what_could_not_be_judged_keeps_the_incumbent() -> None:
         silent = {order[0], order[1]}
 
         def opinion(
-            a: int, b: int, silent: set[int] = silent, p: Opinion = by_strength(strengths)  # noqa: B008
+            a: int,
+            b: int,
+            silent: set[int] = silent,
+            p: Opinion = by_strength(strengths),  # noqa: B008
         ) -> float | None:
             return None if {a, b} == silent else p(a, b)
 
@@ -225,9 +228,7 @@ def test_a_single_response_needs_no_comparison(game: Callable[..., Game]) -> Non
 
 
 @pytest.mark.parametrize(("count", "turns", "comparisons"), [(8, 3, 12), (4, 2, 4), (5, 3, 6), (2, 1, 1)])
-def test_swiss_has_log2_turns_of_half_the_responses_and_no_pair_twice(
-    count: int, turns: int, comparisons: int
-) -> None:
+def test_swiss_has_log2_turns_of_half_the_responses_and_no_pair_twice(count: int, turns: int, comparisons: int) -> None:
     for seed in range(20):
         _, asked = ranked(swiss(count, random.Random(seed)), by_strength(range(count)))
         assert len(asked) == turns

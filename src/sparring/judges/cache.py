@@ -38,9 +38,9 @@ class Cache:
 
     def keep(self, answers: Mapping[str, float]) -> None:
         """Write answers down."""
-        self._store.execute("BEGIN")
-        self._store.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?)", list(answers.items()))
-        self._store.execute("COMMIT")
+        with self._store:  # commits, or takes back what it began
+            self._store.execute("BEGIN IMMEDIATE")
+            self._store.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?)", list(answers.items()))
 
     def close(self) -> None:
         """Let the file go."""
