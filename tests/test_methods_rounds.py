@@ -616,6 +616,8 @@ def test_tso_s_entries_have_their_places_one_after_another() -> None:
     assert TSO().entries() == {"human": (0, 1), "policy": (1, 2), "previous": (2, 3), "start": (3, 4)}
     method = TSO(positives=("policy",), negatives=("policy*3", "start*2"))
     assert method.entries() == {"policy": (0, 3), "start": (3, 5)}
+    more = TSO(positives=("policy*3",), negatives=("start", "policy"))
+    assert more.entries() == {"policy": (0, 3), "start": (3, 4)}
     assert (TSO().wants(), method.wants()) == ("responses", "prompts")
     assert (split("policy*3"), split("start"), split("a/b*12")) == (("policy", 3), ("start", 1), ("a/b", 12))
     for text in ("policy*0", "policy*", "policy*x", "policy*-1"):
