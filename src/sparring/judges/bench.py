@@ -135,7 +135,9 @@ class Bench:
         together = self.judge.everywhere and self.world.size > 1  # a sharded model's weights are gathered by all
         fresh: dict[str, float | None] = {}
         # Each is on the disk at once: an interrupted round has paid for what it has.
-        with contextlib.closing(ask(mine) if mine or together else _nothing()) as answers:  # what goes wrong stops the judge
+        with contextlib.closing(
+            ask(mine) if mine or together else _nothing()
+        ) as answers:  # what goes wrong stops the judge
             for place, answer in answers:
                 if answer is not None and not math.isfinite(answer):  # weights that overflow, say
                     self.spent["failures"] += 1
