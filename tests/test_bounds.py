@@ -1,4 +1,4 @@
-"""The budget for the chosen log-prob (BCR) and the dual clip: values and gradients by hand, limits that are known losses."""
+"""The budget for the chosen log-prob (BCR) and the dual clip: values and gradients by hand, and limits that are known losses."""
 
 import math
 from dataclasses import replace

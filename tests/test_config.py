@@ -1,6 +1,7 @@
 """Configuration: who overrides whom, and what is said of a wrong key or value."""
 
 import ast
+import math
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -128,6 +129,41 @@ def test_a_recipe_s_5e_7_is_text_to_yaml_and_a_number_to_us(tmp_path: Path) -> N
     keys = yaml.safe_load((tmp_path / "fast.yaml").read_text())
     assert keys["learning_rate"] == "5e-7"  # YAML 1.1 wants 5.0e-7
     assert resolve(SAPO, keys) == config
+
+
+def test_several_values_are_read_from_text_a_list_and_one_alone() -> None:
+    spin, tso = method("spin"), method("tso")
+    for given in ("0.1,0.1,5", "0.1, 0.1 ,5e0", [0.1, "0.1", 5], (0.1, 0.1, 5.0)):
+        assert resolve(spin, {"beta_per_round": given}).method.beta_per_round == (0.1, 0.1, 5.0)
+    for given in (5, "5", [5]):
+        assert resolve(spin, {"beta_per_round": given}).method.beta_per_round == (5.0,)
+    assert resolve(spin, {"beta_per_round": "none"}).method.beta_per_round is None
+    assert resolve(tso, {"positives": "human, policy*2"}).method.positives == ("human", "policy*2")
+    assert resolve(tso, {"clip_chosen": "inf"}).method.clip_chosen == math.inf
+    import yaml
+
+    config = resolve(tso, {"positives": "policy", "clip_rejected": "inf", "beta_per_round": "0.1,0.5"})
+    keys = yaml.safe_load(yaml.safe_dump(config.flat()))
+    assert keys.pop("method") == "tso"
+    assert resolve(tso, keys) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "words"),
+    [
+        ("positives", "human,", "positives is 'human,': it must be str,..."),
+        ("positives", "", "positives is '': it must be str,..."),
+        ("positives", [], "positives is []: it must be str,..."),
+        ("beta_per_round", "0.1,x", "beta_per_round is 'x': it must be float"),
+        ("beta_per_round", "0.1,,5", "beta_per_round is '0.1,,5': it must be float,..."),
+        ("beta_per_round", "0.1,0", "beta_per_round is 0.0: it must be above 0"),
+        ("beta_per_round", "0.1,inf", "beta_per_round is inf: give a finite number"),
+        ("beta_per_round", [0.1, True], "beta_per_round is True: it must be float"),
+    ],
+)
+def test_one_wrong_value_of_several_is_named(name: str, given: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        resolve(method("tso"), {name: given})
 
 
 def test_a_column_map_is_read_from_text_with_spaces_and_from_a_mapping() -> None:

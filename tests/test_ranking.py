@@ -272,6 +272,22 @@ def test_swiss_by_hand_ranks_by_points_and_then_by_the_points_of_those_it_met() 
     assert [p.win_rate for p in places] == pytest.approx([1.0 / 3, 0.5, 0.5, 2.0 / 3])
 
 
+def order_of(order: list[int]) -> random.Random:
+    """A draw that brings so many candidates into this order."""
+    return random.Random(next(s for s in range(9999) if shuffled(len(order), s) == order))
+
+
+def test_swiss_gives_half_a_point_to_whoever_is_left_over() -> None:
+    _, turns = ranked(swiss(5, order_of([3, 0, 4, 1, 2]), 2), lambda a, b: float((a, b) in ((3, 0), (4, 1))))
+    # 3 and 4 have 1, 2 has 1/2 for having met nobody, 0 and 1 have none.
+    assert turns == [[(3, 0), (4, 1)], [(3, 4), (2, 0)]]
+
+
+def test_swiss_gives_half_a_point_to_both_where_the_judge_fails() -> None:
+    _, turns = ranked(swiss(4, order_of([1, 0, 3, 2])), lambda a, b: None if (a, b) == (1, 0) else 1.0)
+    assert turns == [[(1, 0), (3, 2)], [(3, 1), (0, 2)]]
+
+
 def test_swiss_counts_what_could_not_be_judged_as_half_a_point_and_gives_no_rank_for_it_alone() -> None:
     order = [2, 0, 1]
     draw = random.Random(next(s for s in range(999) if shuffled(3, s) == order))

@@ -101,10 +101,11 @@ def read(name: str, value: Any, kind: Any) -> Any:
         )
     if origin is tuple:
         items = value.split(",") if isinstance(value, str) else value
-        if isinstance(items, (list, tuple)) and items:
-            return tuple(read(name, item.strip() if isinstance(item, str) else item, options[0]) for item in items)
         if not isinstance(items, (list, tuple)):
             return (read(name, items, options[0]),)
+        items = [item.strip() if isinstance(item, str) else item for item in items]
+        if items and "" not in items:
+            return tuple(read(name, item, options[0]) for item in items)
     elif origin is dict:
         if isinstance(value, Mapping):
             return {str(k): str(v) for k, v in value.items()}

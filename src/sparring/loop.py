@@ -116,7 +116,7 @@ def play(
             )
             if not buffer:
                 barren += 1
-                if barren == BARREN_ROUNDS or cadence.rounds == now.round + 1:
+                if barren == BARREN_ROUNDS or (cadence.rounds == now.round + 1 and not now.step):
                     reasons = ", ".join(f"{n} {reason}" for reason, n in counted["dropped"].items())
                     raise ValueError(
                         f"{barren} rounds gave no pair (the last: {reasons}): look at its responses and judgments, or raise "
@@ -210,6 +210,11 @@ def _prepare(
     now = state.counters
     count = cadence.prompts_per_round or len(prompts)
     taken = take(prompts, now.visits, count * cadence.generate_ahead, context.seeds)
+    visits = len(taken)
+    if (
+        cadence.rounds is not None
+    ):  # whose judgments are told apart by their prompt, and one may come up again at an epoch's end
+        taken = list({prompt.id: prompt for prompt in taken}.values())
     groups: list[Group] = []
     aside: list[tuple[Group, int, int]] = []
     judged = Judged([])
@@ -233,7 +238,7 @@ def _prepare(
         metrics = method.round_metrics(mine, judged) | {name: float(n) for name, n in paired.counted.items()}
         now.waiting.append({"dropped": dict(paired.dropped), "lengths": lengths, "metrics": metrics})
         aside += paired.aside
-    now.visits += len(taken)
+    now.visits += visits
     return groups, aside
 
 

@@ -71,21 +71,23 @@ def best_of(
     groups: Sequence[Group],
     standings: Sequence[Standing],
     scored: Scored,
-    other: Callable[[Group, int], int] | None = None,
+    other: Callable[[Group, list[int]], int] | None = None,
 ) -> Paired:
-    """Each group's best response against its last, or against the one that ``other`` picks, given the group and the best's place.
+    """Each group's best response against its last, or against the one that ``other`` picks of the places of the judged others.
 
     Dropped: a group of which nothing was judged, one whose best is level with its other (a tie), two equal responses, an empty one.
     """
     paired = Paired([])
     for group, places in zip(groups, by_group(groups, standings), strict=True):
-        ranked = sorted((place for place in places if place.rank is not None), key=lambda place: place.rank or 0)
-        best = ranked[0] if ranked and ranked[0].rank == 0 else None
-        if best is None or best.win_rate is None:
+        judged = [place for place in places if place.win_rate is not None]
+        ranked = sorted((place for place in judged if place.rank is not None), key=lambda place: place.rank or 0)
+        if not ranked or ranked[0].rank != 0 or (other is None and len(ranked) == 1) or len(judged) == 1:
             paired.dropped["not judged"] += 1
             continue
-        last = ranked[-1] if other is None else places[other(group, best.place)]
-        if last.place == best.place or (last.win_rate is not None and best.win_rate - last.win_rate < TIE):
+        best = ranked[0]
+        others = [place.place for place in judged if place is not best]
+        last = ranked[-1] if other is None else places[other(group, others)]
+        if _level(best, last):
             paired.dropped["tie"] += 1
             continue
         paired_off(paired, group, best, last, scored)
@@ -95,26 +97,38 @@ def best_of(
 def all_of(groups: Sequence[Group], standings: Sequence[Standing], scored: Scored) -> Paired:
     """Every judged response of each group once: best against worst, second against last but one, and so on inwards.
 
-    An odd one in the middle stands against itself, of which nothing is scored, at a win rate of 1/2: that side's loss is 0.
+    Empty ones are dropped. An odd one in the middle stands against itself, of which nothing is scored, at a win rate of 1/2: that
+    side's loss is 0.
     """
     paired = Paired([])
     for group, places in zip(groups, by_group(groups, standings), strict=True):
-        ranked = sorted(
+        judged = sorted(
             (place for place in places if place.win_rate is not None), key=lambda place: -(place.win_rate or 0.0)
         )
-        if not ranked:
+        if not judged:
             paired.dropped["not judged"] += 1
+        ranked = [place for place in judged if not _empty(group.responses[place.place], scored)]
+        if len(ranked) < len(judged):
+            paired.dropped["empty"] += len(judged) - len(ranked)
         while len(ranked) > 1:
             paired_off(paired, group, ranked.pop(0), ranked.pop(), scored, ties=True)
         for place in ranked:
             response = group.responses[place.place]
-            if not response.text.strip():
-                paired.dropped["empty"] += 1
-                continue
             rate = place.win_rate if place.win_rate is not None else 0.5
             alone = _pair(group, response, response, scored, rate)
             paired.pairs.append(replace(alone, rejected_scored=(0, 0), rejected_win_rate=0.5))
     return paired
+
+
+def _level(best: Standing, last: Standing) -> bool:
+    """Whether the best one beat nobody, or two that are both ranked have the same win rate.
+
+    Where the winner stays, one without a rank met others than the best did: its rate may be higher, and it has lost all the same.
+    """
+    assert best.win_rate is not None
+    assert last.win_rate is not None
+    same = last.rank is not None and abs(best.win_rate - last.win_rate) < TIE
+    return same or best.win_rate < 0.5 + TIE
 
 
 def paired_off(
@@ -157,9 +171,12 @@ def useless(chosen: Response, rejected: Response, scored: Scored) -> str | None:
     """Why a pair would teach nothing, or None."""
     if chosen.token_ids == rejected.token_ids:
         return "equal"
-    empty = any(stop <= start for start, stop in (scored(chosen), scored(rejected)))
-    blank = not chosen.text.strip() or not rejected.text.strip()
-    return "empty" if empty or blank else None
+    return "empty" if _empty(chosen, scored) or _empty(rejected, scored) else None
+
+
+def _empty(response: Response, scored: Scored) -> bool:
+    start, stop = scored(response)
+    return stop <= start or not response.text.strip()
 
 
 def _pair(group: Group, chosen: Response, rejected: Response | None, scored: Scored, rate: float) -> Pair:

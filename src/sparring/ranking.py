@@ -75,9 +75,9 @@ def round_robin(count: int, draw: random.Random, comparisons: int | None = None)
 def winner_stays(count: int, draw: random.Random, last: bool = True) -> Game:
     """The winner of each comparison meets the next response: M-1 comparisons find the best, at most 2M-3 the best and the last.
 
-    Candidates come in random order. A tie, or what could not be judged, keeps whoever stands there; a response of which nothing was
-    judged is neither best nor last. Without ``last`` only the best is looked for. Source: arXiv 2411.05875; a reconstruction from
-    its abstract and idea.
+    Candidates come in random order. A tie, or what could not be judged, keeps whoever stands there; a response of which nothing
+    was judged is neither best nor last. Without ``last`` only the best is looked for. Source: arXiv 2411.05875; a reconstruction
+    from its abstract and idea.
     """
     order = list(range(count))
     draw.shuffle(order)

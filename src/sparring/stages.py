@@ -172,13 +172,12 @@ def pairs_of(config: Config, bars: Bars) -> Path:
             for row in (by_place[g.prompt.id, i],)
         ]
 
-        def another(group: Group, best: int) -> int:
-            others = [place for place in range(len(group.responses)) if place != best]
+        def another(group: Group, others: list[int]) -> int:
             return context.seeds.random("reject", group.prompt.id).choice(others)
 
         other = another if keys.rejected == "random" else None
         paired: Paired = best_of(groups, standings, lambda response: response.whole, other)
-        near = [p for p in paired.pairs if p.chosen_win_rate - p.rejected_win_rate < keys.least_margin]
+        near = [p for p in paired.pairs if abs(p.chosen_win_rate - p.rejected_win_rate) < keys.least_margin]
         dropped += paired.dropped + Counter({"below least_margin": len(near)})
         kept = [pair for pair in paired.pairs if pair not in near]
         contents = {group.prompt.id: group.prompt for group in groups}

@@ -51,7 +51,7 @@ class Bench:
 
     @property
     def name(self) -> str:
-        """Who judges."""
+        """Who judges, as judgments record it: a judge that learns has another name after each update."""
         return self.judge.name
 
     @property
@@ -102,7 +102,7 @@ class Bench:
         if judge.symmetric:  # one entry of the cache for both orders
             swap = [each.a.text > each.b.text for each in asked]
         elif self.orders == "random":
-            swap = [self.seeds.random("order shown", *_texts(each)).random() < 0.5 for each in asked]
+            swap = [self.seeds.random("order shown", key_of("", _texts(each))).random() < 0.5 for each in asked]
         else:
             swap = [False] * len(asked)
         shown = [turned[i] if swap[i] else each for i, each in enumerate(asked)]
@@ -139,6 +139,9 @@ class Bench:
             ask(mine) if mine or together else _nothing()
         ) as answers:  # what goes wrong here stops the judge
             for place, answer in answers:
+                if answer is not None and not math.isfinite(answer):  # weights that overflow, say
+                    self.spent["failures"] += 1
+                    answer = None
                 fresh[keys[mine[place]]] = answer
                 self._keep({keys[mine[place]]: answer})
                 self.tick(1)
@@ -166,6 +169,10 @@ class Bench:
                 row.copy_(torch.tensor([1.0, float(answer is not None), answer or 0.0], dtype=torch.float64))
         rows = self.world.sum(table.to(self.device or "cpu")).tolist()
         return {key: row[2] if row[1] else None for key, row in zip(keys, rows, strict=True) if row[0]}
+
+
+def _nothing() -> Answers:
+    yield from ()
 
 
 def _agreed(p: float | None, q: float | None) -> Verdict:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import sqlite3
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 AT_ONCE = 500  # keys in one query
+PATIENCE = 60.0  # seconds that another run's writing is waited for
 
 
 class Cache:
@@ -17,12 +19,30 @@ class Cache:
     def __init__(self, file: Path) -> None:
         """In ``file``, which may be new; several runs may share it."""
         file.parent.mkdir(parents=True, exist_ok=True)
-        self._store = sqlite3.connect(file, timeout=60.0, isolation_level=None)
-        self._store.execute("PRAGMA journal_mode=WAL")
-        self._store.execute("PRAGMA synchronous=NORMAL")
-        self._store.execute(
-            "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer REAL NOT NULL) WITHOUT ROWID"
-        )
+        self._store = sqlite3.connect(file, timeout=PATIENCE, isolation_level=None)
+        last = time.monotonic() + PATIENCE
+        try:
+            while not self._made_ready():
+                if time.monotonic() > last:
+                    raise OSError(f"{file} is held by another program: end it, or judge without judge_cache")
+                time.sleep(0.02)
+        except (sqlite3.Error, OSError):
+            self._store.close()
+            raise
+
+    def _made_ready(self) -> bool:
+        """Whether the file is a store of answers; two that open a new one at once get in each other's way without waiting."""
+        try:
+            self._store.execute("PRAGMA journal_mode=WAL")
+            self._store.execute("PRAGMA synchronous=NORMAL")
+            self._store.execute(
+                "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer REAL NOT NULL) WITHOUT ROWID"
+            )
+        except sqlite3.OperationalError as problem:
+            if problem.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+                raise
+            return False
+        return True
 
     def known(self, keys: Iterable[str]) -> dict[str, float]:
         """The answers there are."""
@@ -38,9 +58,9 @@ class Cache:
 
     def keep(self, answers: Mapping[str, float]) -> None:
         """Write answers down."""
-        self._store.execute("BEGIN")
-        self._store.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?)", list(answers.items()))
-        self._store.execute("COMMIT")
+        with self._store:  # commits, or takes back what it began
+            self._store.execute("BEGIN IMMEDIATE")
+            self._store.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?)", list(answers.items()))
 
     def close(self) -> None:
         """Let the file go."""

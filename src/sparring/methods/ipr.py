@@ -68,10 +68,9 @@ class IPR(Judging, Contest):
         return {"last": self.rejected == "last"} if self.ranking == "winner_stays" else super().game()
 
     def pair(self, groups: Sequence[Group], judged: Judged, context: Context) -> Paired:
-        """Best against last, or against any other."""
+        """Best against last, or against any other that was judged."""
 
-        def another(group: Group, best: int) -> int:
-            others = [place for place in range(len(group.responses)) if place != best]
+        def another(group: Group, others: list[int]) -> int:
             return draw_for(context, "reject", group).choice(others)
 
         other = another if self.rejected == "random" else None

@@ -193,22 +193,25 @@ def rank(groups: Sequence[Group], context: Context, kind: Kind, settings: dict[s
 
 
 def by_score(groups: Sequence[Group], context: Context) -> Judged:
-    """Rank by the judge's scores; win rates by Bradley and Terry: (1/K) sum over k of sigmoid(scale (s_i - s_k))."""
+    """Rank by the judge's scores; win rates by Bradley and Terry: (1/K) sum over k of sigmoid(scale (s_i - s_k)).
+
+    The judgments are those of neighbours in the order of scores, after whom come those without a score, which nobody judged.
+    """
     asked = [(group.prompt, response) for group in groups for response in group.responses]
     scores = iter(context.judge.score(asked))
     judged = Judged([])
     for group in groups:
         mine = [next(scores) for _ in group.responses]
-        known = [(i, s) for i, s in enumerate(mine) if s is not None]
-        order = sorted(known, key=lambda each: -each[1])
-        ranks = {i: rank for rank, (i, _) in enumerate(order)}
+        known = sorted(((i, s) for i, s in enumerate(mine) if s is not None), key=lambda each: -each[1])
+        ranks = {i: rank for rank, (i, _) in enumerate(known)}
         for i, s in enumerate(mine):
             rate = None
             if s is not None and len(known) > 1:
                 rate = sum(chance(context.judge.scale * (s - other)) for _, other in known) / len(known)
             judged.standings.append(Standing(group.prompt.id, i, ranks.get(i), rate, s))
-        for (a, s), (b, t) in itertools.pairwise(order):
-            p = chance(context.judge.scale * (s - t))
+        silent = [(i, s) for i, s in enumerate(mine) if s is None]
+        for (a, s), (b, t) in itertools.pairwise([*known, *silent]):
+            p = None if s is None or t is None else chance(context.judge.scale * (s - t))
             judged.judgments.append(Judgment(group.prompt.id, a, b, p, context.judge.name))
     return judged
 
@@ -223,7 +226,12 @@ def judging_metrics(judged: Judged) -> dict[str, float]:
         "judge/failures": float(sum(p is None for p in found)),
     }
     if scores := [standing.score for standing in judged.standings if standing.score is not None]:
-        metrics |= {"judge/scored": float(len(scores)), "judge/score": sum(scores) / len(scores)}
+        failed = float(len(judged.standings) - len(scores))
+        metrics |= {
+            "judge/scored": float(len(scores)),
+            "judge/score": sum(scores) / len(scores),
+            "judge/failures": failed,
+        }
     return metrics | ({"judge/order_agreement": sum(both) / len(both)} if both else {})
 
 

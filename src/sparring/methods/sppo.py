@@ -36,7 +36,8 @@ class SPPO(Judging, Contest):
     beta: float | None = key(0.001, "1/eta: the target log-ratio is (win rate - 1/2)/beta", above=0)
     max_new_tokens: int = key(2048, "Longest response that is written", unit="tokens", least=1)
     train_on: Literal["best_and_worst", "all"] = key(
-        "best_and_worst", "Responses in the loss: two, as published; all K, each once"
+        "best_and_worst",
+        "Responses in the loss: two, as published; all K, each once (but for the middle one of an odd K, only with sppo)",
     )
 
     def pairs_per_prompt(self) -> int:
@@ -47,9 +48,12 @@ class SPPO(Judging, Contest):
         """Best against worst by win rate, or every response once."""
         make = best_of if self.train_on == "best_and_worst" else all_of
         paired = make(groups, judged.standings, lambda response: response.whole)
-        return (
-            replace(paired, pairs=single(paired.pairs, groups, judged)) if self.loss_type == "sppo_single" else paired
-        )
+        if self.loss_type == "sppo":
+            return paired
+        matched = [pair for pair in paired.pairs if pair.rejected_scored != (0, 0)]
+        if len(matched) < len(paired.pairs):  # these two targets come from an opponent, and the odd one has none
+            paired.dropped["no opponent"] += len(paired.pairs) - len(matched)
+        return replace(paired, pairs=single(matched, groups, judged) if self.loss_type == "sppo_single" else matched)
 
     def preference(self, logps: LogProbs) -> Tensor:
         """1/2 [(lw - (P(w) - 1/2)/beta)^2 + (ll - (P(l) - 1/2)/beta)^2], eq. 4.7; hard: half of TRL's sppo_hard."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -12,7 +11,7 @@ from sparring import bounds
 from sparring.keys import key
 from sparring.methods.base import Comparison, Context, LogProbs, NoJudge
 from sparring.methods.rounds import Contest, draw_for, judging_metrics
-from sparring.pairing import Judged, Paired, paired_off
+from sparring.pairing import TIE, Judged, Paired, paired_off
 from sparring.records import Group, Judgment, Prompt, Response, Standing
 
 if TYPE_CHECKING:
@@ -159,7 +158,7 @@ class TSO(Contest):
         if p is None:
             paired.counted["correction/not_judged"] += 1
         elif p <= 0.5:
-            what = self.contradicted if 0.5 - p >= self.sure_margin and p < 0.5 else self.unsure
+            what = self.contradicted if 0.5 - p > self.sure_margin - TIE and p < 0.5 else self.unsure
         if what == "drop":
             paired.dropped["contradicted"] += 1
             return
@@ -177,9 +176,10 @@ class TSO(Contest):
         """judge/*; diversity/ENTRY and diversity/union: distinct pairs of adjoining tokens (distinct-2, arXiv 1510.03055)."""
         metrics = judging_metrics(judged) if any(j.judge != "stance" for j in judged.judgments) else {}
         rows = [[list(r.token_ids) for r in group.responses] for group in groups]
-        for name, (first, last) in self.entries().items():
-            metrics[f"diversity/{name}"] = distinct([ids for row in rows for ids in row[first:last]])
-        return metrics | {"diversity/union": distinct([ids for row in rows for ids in row])}
+        for name, (first, last) in (self.entries() | {"union": (0, None)}).items():
+            share = distinct([ids for row in rows for ids in row[first:last]])
+            metrics |= {} if share is None else {f"diversity/{name}": share}
+        return metrics
 
     def preference(self, logps: LogProbs) -> Tensor:
         """-logsigmoid(min(r_w, c_w) - max(r_l, -c_l)): a reconstruction, of which clip_form has others."""
@@ -205,7 +205,7 @@ def split(text: str) -> tuple[str, int]:
     return name, int(count) if star else 1
 
 
-def distinct(rows: Sequence[Sequence[int]]) -> float:
-    """Different pairs of adjoining tokens, as a share of all."""
+def distinct(rows: Sequence[Sequence[int]]) -> float | None:
+    """Different pairs of adjoining tokens, as a share of all; None where there is none."""
     pairs = [pair for ids in rows for pair in itertools.pairwise(ids)]
-    return len(set(pairs)) / len(pairs) if pairs else math.nan
+    return len(set(pairs)) / len(pairs) if pairs else None
