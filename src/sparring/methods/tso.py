@@ -66,6 +66,10 @@ class TSO(Contest):
         "rewards", "What is clipped: the two rewards; their margin; the rewards, the rejected one also from above"
     )
 
+    def writers(self) -> tuple[str, ...]:
+        """The matrix's models."""
+        return tuple(name for name in self.entries() if name not in (HUMAN, "policy"))
+
     def wants(self) -> Literal["prompts", "responses"]:
         """People's responses, where they stand in the matrix."""
         return "responses" if HUMAN in self.entries() else "prompts"
