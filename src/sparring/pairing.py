@@ -85,7 +85,7 @@ def best_of(
             paired.dropped["not judged"] += 1
             continue
         last = ranked[-1] if other is None else places[other(group, best.place)]
-        if last.place == best.place or (last.win_rate is not None and best.win_rate - last.win_rate < TIE):
+        if last.place == best.place or (last.win_rate is not None and abs(best.win_rate - last.win_rate) < TIE):
             paired.dropped["tie"] += 1
             continue
         paired_off(paired, group, best, last, scored)
