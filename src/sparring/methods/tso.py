@@ -154,16 +154,19 @@ class TSO(Contest):
 
     def _correct(self, paired: Paired, group: Group, judgment: Judgment) -> None:
         p, sides = judgment.probability, (judgment.a, judgment.b)
+        people = judgment.judge.partition(":")[0] == HUMAN
         if judgment.judge != "stance" and p is not None:
             paired.counted["correction/judged"] += 1
             paired.counted["correction/agreed"] += p > 0.5
-            if judgment.judge == HUMAN:
+            if people:
                 paired.counted["correction/by_people"] += 1
         what: Verdict = "keep"
         if p is None:
             paired.counted["correction/not_judged"] += 1
         elif p <= 0.5:
             what = self.contradicted if 0.5 - p >= self.sure_margin and p < 0.5 else self.unsure
+            if people and what == "aside":  # they have judged it: nobody is asked again
+                what = "flip" if p < 0.5 else "drop"
         if what == "drop":
             paired.dropped["contradicted"] += 1
             return
