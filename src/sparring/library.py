@@ -73,6 +73,14 @@ class Library(Mapping[str, Writer]):
             shared = SharedWriter(self._served, world, device, alone=True)
             self._known["policy"] = self._served if world.size == 1 else shared
 
+    def check(self, name: str) -> None:
+        """Raise ValueError where nobody of that name can write, before anything is written."""
+        if name == "previous" and not self._config.run.keep_round_models:
+            raise ValueError(
+                "previous is to write, and keep_round_models is false, so that earlier models are gone: leave one of the two out"
+            )
+        self[name]
+
     def release(self) -> None:
         """Stop what writes in a server: the memory is the training's now."""
         if self._served is not None:

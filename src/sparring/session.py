@@ -120,6 +120,8 @@ class Session:
             world=world,
             device=self.learner.device,
         )
+        for name in self.method.writers():
+            self.library.check(name)
         if own:
             judging["policy"] = partial(self.library.as_judge, self.max_length, lambda: str(self.about) + self._stamp())
             self.judge = make_judge(config, device, **judging)

@@ -198,6 +198,10 @@ class Method(ABC):
     def cadence(self, batch_size: int, prompts: int) -> Cadence:
         """How the loop is to run for updates of ``batch_size`` pairs, over a data set of so many prompts."""
 
+    def writers(self) -> tuple[str, ...]:
+        """Who writes besides the policy and its EMA, by their names in ``Context.writers``."""
+        return ()
+
     def wants(self) -> Literal["prompts", "responses", "pairs"]:
         """What each row of the data has to hold."""
         return self.needs

@@ -36,6 +36,10 @@ class BestOfK(Judging):
         None, "Where the judge scores (ranking: score): a best response below this is dropped and counted; none: kept"
     )
 
+    def game(self) -> dict[str, Any]:
+        """Nobody asks for the last one, so winner_stays stops at the best."""
+        return {"last": False} if self.ranking == "winner_stays" else super().game()
+
     def pair(self, groups: Sequence[Group], judged: Judged, context: Context) -> Paired:
         """Each group's best response, without a rejected side."""
         paired = imitated(groups, judged.standings)

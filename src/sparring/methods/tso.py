@@ -65,6 +65,10 @@ class TSO(Contest):
         "rewards", "What is clipped: the two rewards; their margin; the rewards, the rejected one also from above"
     )
 
+    def writers(self) -> tuple[str, ...]:
+        """The matrix's models."""
+        return tuple(name for name in self.entries() if name not in (HUMAN, "policy"))
+
     def wants(self) -> Literal["prompts", "responses"]:
         """People's responses, where they stand in the matrix."""
         return "responses" if HUMAN in self.entries() else "prompts"
@@ -149,16 +153,23 @@ class TSO(Contest):
 
     def _correct(self, paired: Paired, group: Group, judgment: Judgment) -> None:
         p, sides = judgment.probability, (judgment.a, judgment.b)
+        people = judgment.judge.partition(":")[0] == HUMAN
         if judgment.judge != "stance" and p is not None:
             paired.counted["correction/judged"] += 1
             paired.counted["correction/agreed"] += p > 0.5
-            if judgment.judge == HUMAN:
+            if people:
                 paired.counted["correction/by_people"] += 1
         what: Verdict = "keep"
         if p is None:
             paired.counted["correction/not_judged"] += 1
         elif p <= 0.5:
+<<<<<<< HEAD
             what = self.contradicted if 0.5 - p > self.sure_margin - TIE and p < 0.5 else self.unsure
+=======
+            what = self.contradicted if 0.5 - p >= self.sure_margin and p < 0.5 else self.unsure
+            if people and what == "aside":  # they have judged it: nobody is asked again
+                what = "flip" if p < 0.5 else "drop"
+>>>>>>> 6cd9f63f57139edb9205abedfa75ab4e30ee63cf
         if what == "drop":
             paired.dropped["contradicted"] += 1
             return
