@@ -84,15 +84,10 @@ def best_of(
         if not ranked or ranked[0].rank != 0 or (other is None and len(ranked) == 1) or len(judged) == 1:
             paired.dropped["not judged"] += 1
             continue
-<<<<<<< HEAD
         best = ranked[0]
         others = [place.place for place in judged if place is not best]
         last = ranked[-1] if other is None else places[other(group, others)]
         if _level(best, last):
-=======
-        last = ranked[-1] if other is None else places[other(group, best.place)]
-        if last.place == best.place or (last.win_rate is not None and abs(best.win_rate - last.win_rate) < TIE):
->>>>>>> 6cd9f63f57139edb9205abedfa75ab4e30ee63cf
             paired.dropped["tie"] += 1
             continue
         paired_off(paired, group, best, last, scored)

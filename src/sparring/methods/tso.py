@@ -163,13 +163,9 @@ class TSO(Contest):
         if p is None:
             paired.counted["correction/not_judged"] += 1
         elif p <= 0.5:
-<<<<<<< HEAD
             what = self.contradicted if 0.5 - p > self.sure_margin - TIE and p < 0.5 else self.unsure
-=======
-            what = self.contradicted if 0.5 - p >= self.sure_margin and p < 0.5 else self.unsure
             if people and what == "aside":  # they have judged it: nobody is asked again
                 what = "flip" if p < 0.5 else "drop"
->>>>>>> 6cd9f63f57139edb9205abedfa75ab4e30ee63cf
         if what == "drop":
             paired.dropped["contradicted"] += 1
             return
