@@ -184,10 +184,6 @@ def _agreed(p: float | None, q: float | None) -> Verdict:
     return Verdict(0.5 if contradict else (p + q) / 2, agree)
 
 
-def _nothing() -> Answers:
-    yield from ()
-
-
 def _texts(each: Comparison) -> tuple[str, ...]:
     return each.prompt.question or each.prompt.text, each.a.text, each.b.text
 
