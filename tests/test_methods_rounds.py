@@ -245,6 +245,8 @@ def test_training_on_all_keeps_ties_and_leaves_out_only_what_is_empty() -> None:
     pairs, dropped = pairs_of(method, [THREE], Judging(lambda a, b: 0.5))
     assert len(pairs) == 2
     assert {p.chosen_win_rate for p in pairs} == {p.rejected_win_rate for p in pairs} == {0.5}
+    twins, dropped = pairs_of(method, [group([10, END], [10, END])], Judging(lambda a, b: 0.5))
+    assert (names(twins), dropped) == ([(10, 10)], {})  # each of the two counts
     four = group([10, END], [20, END], [30, END], [40, END])
     blank = replace(four, responses=(replace(four.responses[0], text=""), *four.responses[1:]))
     pairs, dropped = pairs_of(method, [blank], Judging(larger))
@@ -358,6 +360,7 @@ def test_ipr_drops_a_group_of_ties_and_counts_its_comparisons() -> None:
     assert metrics["judge/comparisons"] == metrics["judge/ties"] == 9
     paired = IPR().pair([SIX], found, context(Script()))
     assert (paired.pairs, paired.dropped) == ([], {"tie": 1})
+    assert pairs_of(IPR(rejected="random"), [SIX], Judging(lambda a, b: 0.5)) == ([], {"tie": 1})
     failed = judged(IPR(), [SIX], Judging(lambda a, b: None))
     assert IPR().round_metrics([SIX], failed)["judge/failures"] == 5
     assert IPR().pair([SIX], failed, context(Script())).dropped == {"not judged": 1}
@@ -467,6 +470,7 @@ def game(
     total: int = 1000,
     prompts: Sequence[Prompt] = PROMPTS,
     shard: int | None = None,
+    requests: list[Any] | None = None,
     **keys: Any,
 ) -> tuple[TrainState, Any]:
     """A state, and the game of rounds on it."""
@@ -476,6 +480,7 @@ def game(
     roles = made.roles = Roles(made.roles.policy, ema_decay=0.0, reference=cadence.reference != "none")
     state = TrainState(roles, made.optimizers, Buffer(cadence.buffer_size or None, cadence.draw))
     writer = Counted(lambda: state.counters.step)
+    writer.asked = [] if requests is None else requests
     about = Context({"policy": writer}, Seeds(1), 100, *([judge] if judge else []))
     return state, play(state, method, cadence, made, about, prompts, total, shard=shard)
 
@@ -568,13 +573,16 @@ def test_a_round_that_goes_over_an_epoch_s_end_has_no_prompt_twice() -> None:
 
 
 def test_sppo_s_round_is_the_same_however_it_is_cut_into_shards() -> None:
-    def made(shard: int | None) -> list[Any]:
+    def made(shard: int | None) -> tuple[list[Any], list[Any]]:
         method = SPPO(rounds=2, responses_per_prompt=3, max_new_tokens=4)
-        events = game(method, Judging(larger), shard=shard, num_train_epochs=1.0)[1]
-        return [[replace(p, serial=0) for p in e.pairs] for e in events if isinstance(e, Round)]
+        requests: list[Any] = []
+        events = game(method, Judging(larger), shard=shard, requests=requests, num_train_epochs=1.0)[1]
+        return [[replace(p, serial=0) for p in e.pairs] for e in events if isinstance(e, Round)], requests
 
     assert made(1) == made(None)
-    assert sum(map(len, made(1))) == 4
+    pairs, requests = made(1)
+    assert sum(map(len, pairs)) == 4
+    assert len({request.seed for request in requests}) == len(requests) == 12
 
 
 def test_a_last_round_without_pairs_ends_the_run_and_does_not_throw_away_what_was_learned() -> None:
