@@ -42,3 +42,17 @@ def test_equal_win_rates_are_a_tie() -> None:
     paired = best_of([group(2)], standings, scored)
     assert not paired.pairs
     assert paired.dropped == {"tie": 1}
+
+
+def test_a_response_that_was_not_judged_is_nobody_s_rejected_one() -> None:
+    standings = [Standing(0, 0, 0, 0.75), Standing(0, 1, None, 0.25), Standing(0, 2, None, None)]
+    asked: list[list[int]] = []
+
+    def other(group: Group, others: list[int]) -> int:
+        asked.append(others)
+        return others[-1]
+
+    (pair,) = best_of([group(3)], standings, scored, other).pairs
+    assert asked == [[1]]
+    assert pair.rejected is not None
+    assert pair.rejected.source == "policy@1"

@@ -11,7 +11,7 @@ from sparring.data import parquet
 from sparring.model.policy import load_tokenizer
 from sparring.records import Pair, Response, tokens
 from sparring.report.doctor import END, Doctor, doctor_report
-from sparring.report.terminal import HUMAN, REGENERATED, coloured, pairs_view, status_view
+from sparring.report.terminal import HUMAN, REGENERATED, coloured, pairs_view
 
 WORDS = {1: "red", 2: " green", 3: " blue", 4: " \x1b[2Jgrey", 5: " [bold]"}
 
@@ -43,16 +43,6 @@ def test_escape_sequences_and_markup_are_shown_and_not_obeyed(tmp_path: Path) ->
     assert "\\x1b[2Jgrey [bold]" in console.export_text(clear=False)
     assert "ema@4" in console.export_text()
     assert REGENERATED != HUMAN
-
-
-def test_the_status_of_a_run_with_a_judge_counts_updates_and_not_its_bills(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("method: ipr\nmodel_name_or_path: MODEL\n")
-    (tmp_path / "status.json").write_text('{"state": "finished", "step": 2, "total_steps": 2, "pid": 1, "message": ""}')
-    bill = {"step": 0, "round": 0, "judge": {"asked": 9.0, "seconds": 100.0}}
-    write_lines(tmp_path / "timings.jsonl", [bill, {"step": 1, "seconds": 0.5}, {"step": 2, "seconds": 0.5}])
-    console = Console(file=io.StringIO(), width=100, record=True)
-    console.print(status_view(tmp_path))
-    assert "2.00 updates/s" in console.export_text()
 
 
 def test_the_doctor_shades_the_response_and_marks_its_one_end(tmp_path: Path) -> None:

@@ -120,14 +120,14 @@ class Session:
             world=world,
             device=self.learner.device,
         )
-        for name in self.method.writers():
-            self.library.check(name)
         if own:
             judging["policy"] = partial(self.library.as_judge, self.max_length, lambda: str(self.about) + self._stamp())
             self.judge = make_judge(config, device, **judging)
         self.context = Context(self.library, self.seeds, self.max_length, self.judge)
         rows_used = f"{len(self.prompts)} of {self.loaded.rows} rows used"
         self.results = Results(config, journal, roles, self.chat, world, rows=rows_used, dtype=self.dtype_shipped)
+        for name in self.method.writers():
+            self.library.check(name)
         count = self.cadence.prompts_per_round or len(self.prompts)
         shards, requests = math.ceil(count / config.generation.shard_prompts), asked(self.method, 2, self.max_length)[1]
         folder = journal.folder / "rounds"

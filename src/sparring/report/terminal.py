@@ -204,8 +204,7 @@ def _colour(state: str) -> str:
 
 def _pace(folder: Path, step: int, total: int) -> str:
     """Updates per second over the last hundred, and the time left at that rate."""
-    lines = read_lines(folder / "timings.jsonl")
-    seconds = [line["seconds"] for line in lines if "seconds" in line][-100:]  # other lines are judges' bills
+    seconds = [line["seconds"] for line in read_lines(folder / "timings.jsonl")[-100:]]
     if not seconds or not sum(seconds):
         return ""
     rate = len(seconds) / sum(seconds)
