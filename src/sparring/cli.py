@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.table import Table
 
-from sparring.config import PARTS, keys_of, resolve
+from sparring.config import PARTS, Config, keys_of, resolve
 from sparring.keys import Flags, flags, nearest, read
 from sparring.methods import METHODS, method
 from sparring.recipes import read_recipe
@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "demo": (_demo, "Make data, train a tiny model, align it, and print what it gained"),
         "plan": (_plan, "What a run would take of the device's memory, and whether it fits"),
         "evaluate": (_evaluate, "Held-out likelihood, samples, and a verifier's score of a model"),
+        "judge-report": (_judge_report, "Whether a judge agrees with given pairs: people's, or another judge's"),
         "resume": (_resume, "Continue an interrupted run exactly where it would be"),
         "merge": (_merge, "Add a LoRA adapter into its base: an ordinary Hugging Face folder"),
         "status": (_status, "Where a run stands"),
@@ -177,16 +178,19 @@ def _stage(name: str, words: list[str]) -> int:
 def _evaluate(words: list[str]) -> int:
     from sparring.evaluate.held_out import Evaluate
 
-    parts = ("model", "data", "generation")
-    if _wants_help(words, Evaluate, parts):
-        return 0
-    given = flags(words)
-    recipe = _recipe(given)
-    config = resolve(Evaluate, recipe, given, parts=parts)
-    from sparring.report.evaluation import evaluation_report
+    def view(config: Config) -> Any:
+        from sparring.report.evaluation import evaluation_report
 
-    Console().print(evaluation_report(config))
-    return 0
+        return evaluation_report(config)
+
+    return _shown(words, Evaluate, ("model", "data", "generation"), view)
+
+
+def _judge_report(words: list[str]) -> int:
+    from sparring.evaluate.agreement import JudgeReport
+    from sparring.report.agreement import judge_report
+
+    return _shown(words, JudgeReport, ("judging", "model"), judge_report)
 
 
 def _demo(words: list[str]) -> int:
@@ -247,10 +251,16 @@ def _init_model(words: list[str]) -> int:
 def _doctor(words: list[str]) -> int:
     from sparring.report.doctor import Doctor, doctor_report
 
-    parts = ("model", "data")
-    if _wants_help(words, Doctor, parts):
+    return _shown(words, Doctor, ("model", "data"), doctor_report)
+
+
+def _shown(words: list[str], kind: type, parts: tuple[str, ...], view: Callable[[Config], Any]) -> int:
+    """Print what ``view`` makes of the keys of ``kind`` and ``parts``, or their help."""
+    if _wants_help(words, kind, parts):
         return 0
-    Console().print(doctor_report(resolve(Doctor, flags(words), parts=parts)))
+    given = flags(words)
+    recipe = _recipe(given)
+    Console().print(view(resolve(kind, recipe, given, parts=parts)))
     return 0
 
 

@@ -13,12 +13,13 @@ import torch
 
 from sparring.actors.local import LocalWriter
 from sparring.actors.served import Served
+from sparring.actors.servers import check_servers
 from sparring.actors.shared import SharedWriter
 from sparring.config import Config
 from sparring.data.chat import Chat
 from sparring.judges.policy import PolicyJudge
 from sparring.judges.verdicts import read_instruction
-from sparring.methods.base import Writer
+from sparring.methods.base import Method, Writer
 from sparring.model import policy
 from sparring.model.parallel import World
 from sparring.model.roles import Role, Roles
@@ -159,3 +160,21 @@ class Library(Mapping[str, Writer]):
             tick=self._tick,
         )
         return writer if alone or self._world.size == 1 else SharedWriter(writer, self._world, self._device)
+
+
+def check_generation(config: Config, method: Method) -> None:
+    """Raise ValueError where a server cannot write what ``method`` wants, before time is spent."""
+    keys = config.generation
+    if keys.generation_backend != "server":
+        return
+    check_servers(keys)
+    rounds = method.cadence(config.training.batch_size, 1).rounds
+    if rounds is None:
+        raise ValueError(
+            f"generation_backend is server, and {method.name} writes at every few updates or not at all: use local"
+        )
+    if rounds > 1 and keys.server_urls is not None:
+        raise ValueError(
+            f"server_urls serve one model for good, and {method.name} writes with a new one in each of {rounds} rounds: give "
+            "server_command, which is started anew for each, or rounds 1"
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sparring.config import Config, resolve
 from sparring.journal import Journal, Run
@@ -15,6 +15,8 @@ from sparring.model.parallel import joined
 from sparring.progress import Bars
 from sparring.recipes import read_recipe
 from sparring.session import Session
+
+T = TypeVar("T", str, str | None)
 
 
 def train(
@@ -101,19 +103,28 @@ def _require_extras(config: Config) -> None:
 
 def _with_whole_paths(config: Config) -> Config:
     """The configuration with local files' full paths, so that a run can be resumed from anywhere."""
-    model, data, template = config.model, config.data, config.model.chat_template_path
+    model, data, judging = config.model, config.data, config.judging
 
-    def whole(name: str) -> str:
-        return str(Path(name).resolve()) if name and Path(name).exists() else name
+    def whole(name: T) -> T:
+        return type(name)(Path(name).resolve()) if name and Path(name).exists() else name
 
+    place, colon, function = (judging.verifier or "").rpartition(":")
+    verifier = f"{whole(place)}{colon}{function}" if place.endswith(".py") else judging.verifier
     return replace(
         config,
         model=replace(
             model,
             model_name_or_path=whole(model.model_name_or_path),
-            chat_template_path=template and whole(template),
+            chat_template_path=whole(model.chat_template_path),
         ),
         data=replace(data, dataset_name=whole(data.dataset_name)),
+        judging=replace(
+            judging,
+            verifier=verifier,
+            judge_model_name_or_path=whole(judging.judge_model_name_or_path),
+            judge_template=whole(judging.judge_template),
+            human_labels=whole(judging.human_labels),
+        ),
     )
 
 

@@ -23,7 +23,7 @@ from sparring.interrupt import asked_to_stop
 from sparring.journal import Journal, Run, tracker
 from sparring.judges.make import make_judge
 from sparring.learner import Learner
-from sparring.library import Library
+from sparring.library import Library, check_generation
 from sparring.loop import Round, planned, play
 from sparring.methods.base import Context, Judge, Method, NoJudge, reference_goes_first
 from sparring.model import policy
@@ -67,6 +67,9 @@ class Session:
             raise ValueError(
                 f"{self.method.name} needs a judge: add --judge (verifier, reward_model, pairrm, llm, policy, human)"
             )
+        if reason := None if isinstance(self.judge, NoJudge) else self.method.refuses(self.judge):
+            raise ValueError(reason)
+        check_generation(config, self.method)
         if model is None:
             policy.check_causal(config.model)
         ends = None if model is None else policy.ends_of(model.generation_config)

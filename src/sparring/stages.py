@@ -12,8 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from sparring.actors.launch import serving
 from sparring.actors.local import LocalWriter
+from sparring.actors.server import ServerWriter
+from sparring.actors.servers import check_servers
 from sparring.config import Config
+from sparring.data.chat import Chat
 from sparring.data.datasets import load
 from sparring.data.stage_files import (
     NEEDS,
@@ -31,8 +35,8 @@ from sparring.data.stage_files import (
 from sparring.judges.bench import Bench
 from sparring.judges.make import make_judge
 from sparring.keys import key
-from sparring.methods.base import Context, NoJudge, Sampling
-from sparring.methods.rounds import Kind, rank, written
+from sparring.methods.base import Context, NoJudge, Sampling, Writer
+from sparring.methods.rounds import Kind, cannot_rank, rank, written
 from sparring.model import policy
 from sparring.model.start import computed_in
 from sparring.pairing import Paired, best_of
@@ -85,6 +89,7 @@ class MakePairs:
 def generate(config: Config, bars: Bars) -> Path:
     """Write responses, shard by shard; the folder."""
     keys, folder = config.method, opened(config.method.output_dir, keys_as_text(config))
+    check_servers(config.generation)
     chat = policy.load_chat(config.model)
     loaded = load(config.data, chat, need="prompts")
     bars.say(loaded.summary(), "dim")
@@ -92,22 +97,11 @@ def generate(config: Config, bars: Bars) -> Path:
     left = [n for n in range(len(shards)) if not shard(folder, n).exists()]
     if not left:
         return folder
-    device = policy.pick_device(config.model.device)
-    model = policy.load_model(config.model, device, computed_in(config)).eval()
-    limit = policy.room(model.config, loaded.prompts, config.data.max_length)
-    writer = LocalWriter(
-        lambda: contextlib.nullcontext(model),
-        source=lambda: config.model.model_name_or_path,
-        decode=chat.decode,
-        end_ids=chat.end_ids,
-        pad_id=chat.pad_id,
-        batch_size=config.generation.generation_batch_size,
-        tick=bars.moved,
-    )
+    limit = policy.room(policy.configuration(config.model), loaded.prompts, config.data.max_length)
     seeds, sampling = Seeds(keys.seed), Sampling(keys.temperature, keys.top_p, keys.top_k)
     total = len(loaded.prompts) * keys.responses_per_prompt
     done = sum(len(shards[n]) for n in range(len(shards)) if n not in left) * keys.responses_per_prompt
-    with bars.stage("generate", total, done, unit="responses"):
+    with bars.stage("generate", total, done, unit="responses"), writing(config, chat, folder, bars) as writer:
         for number in left:
             some = shards[number]
 
@@ -121,6 +115,35 @@ def generate(config: Config, bars: Bars) -> Path:
     return folder
 
 
+@contextlib.contextmanager
+def writing(config: Config, chat: Chat, folder: Path, bars: Bars) -> Iterator[Writer]:
+    """Who writes with the model of ``config``: this process, or a server."""
+    name, keys = config.model.model_name_or_path, config.generation
+    if keys.generation_backend == "server":
+        with serving(keys, Path(name), folder / "server.log") as servers:
+            yield ServerWriter(
+                servers,
+                chat,
+                source=lambda: name,
+                kept=folder / ".written.jsonl",
+                concurrency=keys.server_concurrency,
+                timeout=keys.server_timeout,
+                retries=keys.server_retries,
+                tick=bars.moved,
+            )
+        return
+    model = policy.load_model(config.model, policy.pick_device(config.model.device), computed_in(config)).eval()
+    yield LocalWriter(
+        lambda: contextlib.nullcontext(model),
+        source=lambda: name,
+        decode=chat.decode,
+        end_ids=chat.end_ids,
+        pad_id=chat.pad_id,
+        batch_size=keys.generation_batch_size,
+        tick=bars.moved,
+    )
+
+
 def rank_responses(config: Config, bars: Bars) -> Path:
     """Rank responses, file by file; the folder."""
     keys, folder = config.method, opened(config.method.output_dir, keys_as_text(config))
@@ -128,6 +151,8 @@ def rank_responses(config: Config, bars: Bars) -> Path:
     judge = make_judge(config, policy.pick_device(config.model.device), tick=bars.moved, say=bars.say)
     if isinstance(judge, NoJudge):
         raise ValueError("no judge: add --judge (verifier, reward_model, pairrm, llm, human)")
+    if reason := cannot_rank(keys.ranking, judge):
+        raise ValueError(reason)
     settings: dict[str, Any] = {}
     if keys.ranking == "round_robin":
         settings = {"comparisons": keys.comparisons_per_response}

@@ -206,6 +206,10 @@ class Method(ABC):
         """What each row of the data has to hold."""
         return self.needs
 
+    def refuses(self, judge: Judge) -> str | None:
+        """Why a judge cannot do what the method asks of one; None: it can."""
+        return None
+
     def in_round(self, number: int) -> Method:
         """The method as it stands in a round, where its settings change from one to the next."""
         return self

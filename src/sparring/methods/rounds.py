@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from sparring import ranking
 from sparring.keys import key
-from sparring.methods.base import Cadence, Comparison, Context, Method, Request, Sampling, Writer
+from sparring.methods.base import Cadence, Comparison, Context, Judge, Method, Request, Sampling, Writer
 from sparring.methods.preference import Preference
 from sparring.pairing import Judged
 from sparring.records import Group, Judgment, Prompt, Response, Standing
@@ -125,6 +125,10 @@ class Judging(Rounds):
         """The responses ranked by the judge."""
         return rank(groups, context, self.ranking, self.game())
 
+    def refuses(self, judge: Judge) -> str | None:
+        """A ranking by scores needs a judge that scores."""
+        return cannot_rank(self.ranking, judge)
+
     def round_metrics(self, groups: Sequence[Group], judged: Judged) -> dict[str, float]:
         """What was asked of the judge: comparisons (or scores), ties, failures, agreement of the orders where both were asked."""
         return judging_metrics(judged)
@@ -190,6 +194,13 @@ def rank(groups: Sequence[Group], context: Context, kind: Kind, settings: dict[s
         for i, place in enumerate(places)
     ]
     return Judged([judgment for group in made for judgment in group], standings)
+
+
+def cannot_rank(kind: Kind, judge: Judge) -> str | None:
+    """Why ``judge`` cannot rank by scores, where that is asked for."""
+    if kind != "score" or judge.scores:
+        return None
+    return f"ranking is score, and {judge.name} compares two responses and scores none: choose another ranking"
 
 
 def by_score(groups: Sequence[Group], context: Context) -> Judged:
