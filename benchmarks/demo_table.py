@@ -67,7 +67,86 @@ def run(contender: Contender, folder: Path, origin: Path, seed: int, split: str)
         f"  seed {seed:3}  {contender.name:45} {100 * outcome.passed(False).mean():5.1f}  {outcome.seconds:4.0f} s",
         flush=True,
     )
-    return play.figures_of(outcome)
+    figures = play.figures_of(outcome)
+    models = sorted((folder / play.folder_name(contender.name) / "models").glob("round-*"))
+    if len(models) > 1:  # the last is the result
+        test = [play.held_out(model, files[split], Bars(quiet=True)) for model in models[:-1]]
+        figures["rounds"] = [play.figures_of(play.Outcome("", 0.0, found)) for found in test]
+    return figures
+
+
+def tuned(
+    contenders: list[Contender], seeds: list[int], workers: int, few: dict[str, Any]
+) -> tuple[dict[str, float], dict[str, list[dict[str, Any]]]]:
+    """Each contender's rate, chosen on the tuning seed's validation prompts, and its figures on every seed's test prompts."""
+    with tempfile.TemporaryDirectory() as scratch, ProcessPoolExecutor(workers) as pool:
+        folders = {seed: Path(scratch) / str(seed) for seed in (TUNING_SEED, *seeds)}
+        starts = {seed: pool.submit(start, folder, seed, few) for seed, folder in folders.items()}
+        tuning = {}
+        starts[TUNING_SEED].result()
+        origin = folders[TUNING_SEED] / play.START / "model"
+        for contender in contenders:
+            for rate in RATES:
+                tried = replace(
+                    contender, name=f"{contender.name} {rate:g}", changes={**contender.changes, "learning_rate": rate}
+                )
+                job = pool.submit(run, tried, folders[TUNING_SEED], origin, TUNING_SEED, "validation")
+                tuning[contender.name, rate] = job
+        chosen = {
+            c.name: max(RATES, key=lambda rate: tuning[c.name, rate].result()["pass_sampled"]) for c in contenders
+        }
+        rows: dict[str, list[Any]] = {play.START: [starts[seed] for seed in seeds]}
+        for contender in contenders:
+            best = replace(contender, changes={**contender.changes, "learning_rate": chosen[contender.name]})
+            rows[contender.name] = [
+                pool.submit(run, best, folders[seed], folders[seed] / play.START / "model", seed, "test")
+                for seed in seeds
+                if starts[seed].result()
+            ]
+        return chosen, {name: [job.result() for job in jobs] for name, jobs in rows.items()}
+
+
+def arguments(about: str) -> argparse.Namespace:
+    """What a table is told on the command line."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--quick", action="store_true", help="a few updates each, to see that it runs; the figures mean nothing"
+    )
+    parser.add_argument("--workers", type=int, default=2)
+    return parser.parse_args()
+
+
+def written(name: str, title: str, given: argparse.Namespace, began: float, chosen: Any, figures: Any) -> None:
+    """Print the table, and write it where it is no quick one."""
+    lines = [
+        f"# {title}, {date.today()}",
+        "",
+        f"`python benchmarks/{name}.py --seeds {' '.join(map(str, given.seeds))}{' --quick' if given.quick else ''}`, "
+        f"{time.perf_counter() - began:.0f} s on {os.cpu_count()} processors, one thread a contender. "
+        f"Mean ± standard deviation over {len(given.seeds)} seeds, 400 test prompts each; passed: every constraint met and the "
+        "response ended. Learning rate chosen out of two on the validation prompts of another seed.",
+        "",
+        "| contender | learning rate | sampled, % passed | greedy, % passed | sampled score, % | nats/token | s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for contender, found in figures.items():
+        rate = f"{chosen[contender]:g}" if contender in chosen else "recipe"
+        parts = [cell(found, key) for key in ("pass_sampled", "pass_greedy", "score_sampled")]
+        nll, seconds = (np.mean([row[key] for row in found]) for key in ("nll", "seconds"))
+        lines.append(f"| {contender} | {rate} | {' | '.join(parts)} | {nll:.3f} | {seconds:.0f} |")
+        rounds = min((len(row.get("rounds", [])) for row in found), default=0)
+        for number in range(rounds):
+            each = [row["rounds"][number] for row in found]
+            parts = [cell(each, key) for key in ("pass_sampled", "pass_greedy", "score_sampled")]
+            lines.append(f"| ... after round {number + 1} | | {' | '.join(parts)} | | |")
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if not given.quick:
+        (RESULTS / f"{date.today()}-{name.replace('_', '-')}.md").write_text(text)
+    if given.json:
+        given.json.write_text(json.dumps({"chosen": chosen, "figures": figures}, indent=1))
 
 
 def cell(rows: list[dict[str, Any]], name: str) -> str:
@@ -78,65 +157,12 @@ def cell(rows: list[dict[str, Any]], name: str) -> str:
 
 def main() -> None:
     """Tune, train, print and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--json", type=Path)
-    parser.add_argument(
-        "--quick", action="store_true", help="a few updates each, to see that it runs; the figures mean nothing"
-    )
-    parser.add_argument("--workers", type=int, default=2)
-    given = parser.parse_args()
+    given = arguments(__doc__.split("\n")[0])
     few = {"max_steps": 4} if given.quick else {}
     contenders = [replace(c, changes={**c.changes, **few}) for c in (*CONTROLS, *FORMS)]
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as scratch, ProcessPoolExecutor(given.workers) as pool:
-        folders = {seed: Path(scratch) / str(seed) for seed in (TUNING_SEED, *given.seeds)}
-        starts = {seed: pool.submit(start, folder, seed, few) for seed, folder in folders.items()}
-        tuning = {}
-        starts[TUNING_SEED].result()
-        for contender in contenders:
-            for rate in RATES:
-                tried = replace(
-                    contender, name=f"{contender.name} {rate:g}", changes={**contender.changes, "learning_rate": rate}
-                )
-                origin = folders[TUNING_SEED] / play.START / "model"
-                tuning[contender.name, rate] = pool.submit(
-                    run, tried, folders[TUNING_SEED], origin, TUNING_SEED, "validation"
-                )
-        chosen = {
-            c.name: max(RATES, key=lambda rate: tuning[c.name, rate].result()["pass_sampled"]) for c in contenders
-        }
-        rows: dict[str, list[Any]] = {play.START: [starts[seed] for seed in given.seeds]}
-        for contender in contenders:
-            best = replace(contender, changes={**contender.changes, "learning_rate": chosen[contender.name]})
-            rows[contender.name] = [
-                pool.submit(run, best, folders[seed], folders[seed] / play.START / "model", seed, "test")
-                for seed in given.seeds
-                if starts[seed].result()
-            ]
-        figures = {name: [job.result() for job in jobs] for name, jobs in rows.items()}
-    lines = [
-        f"# The demo's table, {date.today()}",
-        "",
-        f"`python benchmarks/demo_table.py --seeds {' '.join(map(str, given.seeds))}{' --quick' if given.quick else ''}`, "
-        f"{time.perf_counter() - began:.0f} s on {os.cpu_count()} processors, one thread a contender. "
-        f"Mean ± standard deviation over {len(given.seeds)} seeds, 400 test prompts each; passed: every constraint met and the "
-        "response ended. Learning rate chosen out of two on the validation prompts of another seed.",
-        "",
-        "| contender | learning rate | sampled, % passed | greedy, % passed | sampled score, % | nats/token | s |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, found in figures.items():
-        rate = f"{chosen[name]:g}" if name in chosen else "recipe"
-        parts = [cell(found, key) for key in ("pass_sampled", "pass_greedy", "score_sampled")]
-        nll, seconds = (np.mean([row[key] for row in found]) for key in ("nll", "seconds"))
-        lines.append(f"| {name} | {rate} | {' | '.join(parts)} | {nll:.3f} | {seconds:.0f} |")
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if not given.quick:
-        (RESULTS / f"{date.today()}-demo-table.md").write_text(text)
-    if given.json:
-        given.json.write_text(json.dumps({"chosen": chosen, "figures": figures}, indent=1))
+    chosen, figures = tuned(contenders, given.seeds, given.workers, few)
+    written("demo_table", "The demo's table", given, began, chosen, figures)
 
 
 if __name__ == "__main__":

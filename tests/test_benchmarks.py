@@ -139,5 +139,14 @@ def test_two_processes_are_measured_against_one_where_a_run_can_have_them(tmp_pa
 def test_make_bench_names_every_script_or_says_why_not() -> None:
     makefile = (BENCHMARKS.parent / "Makefile").read_text()
     scripts = {path.stem for path in BENCHMARKS.glob("[a-z]*.py")}
-    assert scripts == {"demo_table", "generation", "gpu", "lora_memory", "sapo_loop", "scaling", "step_vs_trl"}
+    assert scripts == {
+        "demo_table",
+        "generation",
+        "gpu",
+        "lora_memory",
+        "methods_table",
+        "sapo_loop",
+        "scaling",
+        "step_vs_trl",
+    }
     assert all(name in makefile for name in scripts)

@@ -177,3 +177,43 @@ def test_the_launchers_environments_are_read() -> None:
 def test_work_is_dealt_evenly_and_whole() -> None:
     shares = World(0, 3).deal([9, 1, 1, 8, 7, 1, 1])
     assert shares == [[0, 6], [2, 3], [1, 4, 5]]  # 9 and 1; 8 and 1; 7 and two of 1
+
+
+@pytest.mark.parametrize("judge", ["verifier", "policy"])
+def test_rounds_with_a_judge_are_played_by_two_processes_as_by_one(
+    judge: str, inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "check.py").write_text("def score(prompt, response, row):\n    return len(set(response.split()))\n")
+    keys: dict[str, object] = {
+        "model_name_or_path": inputs[0],
+        "dataset_name": inputs[1],
+        "judge": judge,
+        "judge_cache": False,
+        "rounds": 2,
+        "responses_per_prompt": 3,
+        "max_new_tokens": 12,
+        "shard_prompts": 4,
+        "beta": 0.05,
+        "learning_rate": "1e-3",
+        "per_device_train_batch_size": 4,
+        "max_length": 96 if judge == "verifier" else 1024,
+        "max_prompt_length": 48,
+        "report_to": "none",
+    }
+    extra = {"verifier": f"{tmp_path / 'check.py'}:score"} if judge == "verifier" else {"judge_by": "logprobs"}
+    if judge == "policy":
+        (template := tmp_path / "short.jinja").write_text("{{ question }} {{ a }} {{ b }}")
+        extra |= {"judge_template": str(template)}
+    for name, launch in (("one", [sys.executable]), ("two", TORCHRUN)):
+        given = {**keys, **extra, "output_dir": tmp_path / name}
+        done = run(
+            [*launch, "-m", "sparring", "sppo", *(word for k, v in given.items() for word in (f"--{k}", str(v)))]
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = figures(tmp_path / "one"), figures(tmp_path / "two")
+    assert one[0]["judge/comparisons"] == two[0]["judge/comparisons"] > 0
+    assert one[0]["judge/failures"] == two[0]["judge/failures"] == 0
+    first = [next(line for line in lines if "loss" in line) for lines in (one, two)]
+    assert first[1]["loss"] == pytest.approx(first[0]["loss"], rel=1e-3)
+    assert {line["round"] for line in two if "round" in line} == {0, 1}
+    assert (tmp_path / "two" / "models" / "round-00002").is_dir()

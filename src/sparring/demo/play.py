@@ -219,4 +219,9 @@ def _data(file: Path) -> DataConfig:
 
 
 def _folder(folder: Path, name: str) -> Path:
-    return folder / name.lower().replace(" ", "-")
+    return folder / folder_name(name)
+
+
+def folder_name(name: str) -> str:
+    """The name of a contender's folder."""
+    return name.lower().replace(" ", "-")

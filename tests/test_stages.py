@@ -1,0 +1,124 @@
+"""The stages by themselves: responses, ranks and pairs from and to Parquet, and a judge held against given pairs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from toyrun import toy_folder, write_lines
+
+from sparring.cli import main
+from sparring.evaluate.agreement import agreement, comparisons
+from sparring.progress import Bars
+from sparring.seeds import Seeds
+
+# Longer is better, so that what a judge has to say is known.
+LENGTH = "def score(prompt, response, row):\n    return len(response.split())\n"
+LIMITS = ("--max_length", "64", "--max_prompt_length", "32")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("stages")
+    (folder / "length.py").write_text(LENGTH)
+    words = ("four", "five", "six", "seven", "eight")
+    rows: list[dict[str, Any]] = [{"prompt": [{"role": "user", "content": f"count to {word}"}]} for word in words]
+    return {
+        "model": str(toy_folder(folder / "model")),
+        "prompts": str(write_lines(folder / "prompts.jsonl", rows)),
+        "verifier": f"{folder / 'length.py'}:score",
+    }
+
+
+def generate(inputs: dict[str, str], folder: Path, *more: str) -> int:
+    words = ("--model_name_or_path", inputs["model"], "--dataset_name", inputs["prompts"], "--output_dir", str(folder))
+    settings = ("--responses_per_prompt", "4", "--max_new_tokens", "12", "--shard_prompts", "2")
+    return main(["generate", *words, *settings, *LIMITS, *more])
+
+
+def rank(inputs: dict[str, str], responses: Path, folder: Path, *more: str) -> int:
+    judge = ("--judge", "verifier", "--verifier", inputs["verifier"], "--judge_cache", "false")
+    return main(["rank", "--responses", str(responses), "--output_dir", str(folder), *judge, *more])
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [row for file in sorted(folder.glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
+
+
+def test_the_three_stages_end_in_pairs_that_dpo_trains_on(inputs: dict[str, str], tmp_path: Path) -> None:
+    responses, ranked, pairs = (tmp_path / name for name in ("responses", "ranked", "pairs"))
+    assert generate(inputs, responses) == 0
+    written = rows_of(responses)
+    assert [(row["prompt_id"], row["place"]) for row in written] == [(n, k) for n in range(5) for k in range(4)]
+    assert written[0]["prompt"] == [{"role": "user", "content": "count to four"}]  # as the data set has it
+    assert json.loads(written[0]["row"])["prompt"][0]["content"] == "count to four"
+    assert rank(inputs, responses, ranked) == 0
+    for number in range(5):
+        mine = [row for row in rows_of(ranked) if row["prompt_id"] == number]
+        lengths = [len(row["completion"].split()) for row in mine]
+        best = next(row for row in mine if row["rank"] == 0)
+        assert len(best["completion"].split()) == max(lengths)
+        assert sum(row["win_rate"] for row in mine) == pytest.approx(2.0)  # K/2: each comparison gives one away
+    assert len(rows_of(ranked / "judgments")) == 5 * 6
+    assert main(["pairs", "--ranked", str(ranked), "--output_dir", str(pairs)]) == 0
+    made = rows_of(pairs)
+    assert made
+    assert all(len(row["chosen"].split()) > len(row["rejected"].split()) for row in made)
+    assert all(row["chosen_probs_win"] > 0.5 > row["chosen_probs_lose"] for row in made)
+    out = str(tmp_path / "run")
+    words = ("--model_name_or_path", inputs["model"], "--dataset_name", str(pairs), "--output_dir", out, *LIMITS)
+    assert main(["sppo_offline", *words, "--max_steps", "1"]) == 0
+
+
+def test_a_stage_that_was_stopped_makes_only_what_is_missing_and_the_same(
+    inputs: dict[str, str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "responses"
+    assert generate(inputs, folder) == 0
+    before = {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in folder.glob("*.parquet")}
+    assert len(before) == 3
+    (folder / "00001.parquet").unlink()
+    assert generate(inputs, folder) == 0
+    after = {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in folder.glob("*.parquet")}
+    assert {name: data for name, (data, _) in after.items()} == {name: data for name, (data, _) in before.items()}
+    assert [name for name in after if after[name][1] != before[name][1]] == ["00001.parquet"]
+
+
+def test_what_cannot_be_is_said(inputs: dict[str, str], tmp_path: Path, capsys: Any) -> None:
+    folder = tmp_path / "responses"
+    assert generate(inputs, folder) == 0
+    assert generate(inputs, folder, "--seed", "7") == 2
+    assert "begun with other keys (seed)" in capsys.readouterr().err
+    assert main(["rank", "--responses", str(folder), "--output_dir", str(tmp_path / "x")]) == 2
+    assert "no judge" in capsys.readouterr().err
+    assert main(["pairs", "--ranked", str(folder), "--output_dir", str(tmp_path / "y")]) == 2
+    assert "no column rank" in capsys.readouterr().err
+    people = tmp_path / "labels.jsonl"
+    people.write_text(json.dumps({"pair_id": "0", "verdict": "a", "who": "ada", "when": "now"}) + "\n")
+    words = ["rank", "--responses", str(folder), "--output_dir", str(tmp_path / "z"), "--ranking", "score"]
+    assert main([*words, "--judge", "human", "--human_labels", str(people)]) == 2
+    assert "scores none" in capsys.readouterr().err
+
+
+def test_a_judge_is_held_against_given_pairs(inputs: dict[str, str], tmp_path: Path) -> None:
+    from sparring.config import resolve
+    from sparring.evaluate.agreement import JudgeReport
+
+    rows = [{"prompt": f"p {n}", "chosen": "a b c", "rejected": "a"} for n in range(6)]
+    rows += [{"prompt": f"q {n}", "chosen": "a", "rejected": "a b"} for n in range(3)]
+    rows += [{"prompt": "r", "chosen": "a b", "rejected": "b a"}]
+    file = write_lines(tmp_path / "people.jsonl", rows)
+    keys = {"pairs": str(file), "judge": "verifier", "verifier": inputs["verifier"], "judge_cache": False}
+    found = agreement(resolve(JudgeReport, keys, parts=("judging", "model")), Bars(quiet=True))
+    decided = found.decided()
+    assert (len(decided), sum(agrees for agrees, _ in decided), found.ties, found.failures) == (9, 6, 1, 0)
+    assert found.longer_wins() == 1.0  # which is all that it looks at
+    turned = [turn for _, turn in comparisons(rows, Seeds(0))]
+    assert True in turned
+    assert False in turned
+
+
+def test_pairs_without_a_side_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="row 1: rejected is None"):
+        list(comparisons([{"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": "p", "chosen": "a"}], Seeds(0)))
