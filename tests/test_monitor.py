@@ -41,7 +41,7 @@ def test_an_alarm_sounds_once_and_again_only_after_all_was_well() -> None:
         ("kl/start", math.nan, "from its start"),
         ("logps/chosen_drop", 0.6, "less likely than at first"),
         ("length/drift", 2.5, "longer or shorter"),
-        ("pairs/dropped", 0.95, "equal or empty"),
+        ("pairs/dropped", 0.95, "pairs are dropped"),
         ("skipped", 1.0, "not finite"),
     ],
 )

@@ -66,7 +66,7 @@ class Monitor:
             ),
             "pairs/dropped": (
                 config.max_dropped,
-                "{value:.0%} of the round's pairs are equal or empty (max_dropped {limit:.0%})",
+                "{value:.0%} of the round's pairs are dropped (max_dropped {limit:.0%}): pairs/dropped_* say why",
             ),
             "skipped": (0.5, "loss or gradient is not finite; the update was skipped"),
         }

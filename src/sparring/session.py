@@ -134,15 +134,6 @@ class Session:
         count = self.cadence.prompts_per_round or len(self.prompts)
         shards, requests = math.ceil(count / config.generation.shard_prompts), asked(self.method, 2, self.max_length)[1]
         folder = journal.folder / "rounds"
-        self.archive = Archive(
-            folder,
-            self._stamp,
-            bars,
-            world,
-            requests=requests,
-            shards=shards,
-            after_judging=self._after_judging,
-        )
         self.probe = Probe(self.learner, self.context, self.journal.folder / "probe.json")
         run_name, report_to = config.run.run_name or journal.folder.name, config.run.report_to
         self.tracker = tracker(report_to if world.main else "none", journal.folder, run_name, config.flat())
@@ -158,6 +149,15 @@ class Session:
             total_steps=self.total_steps,
             updates_per_epoch=self.updates_per_epoch,
             say=self._say,
+        )
+        self.archive = Archive(
+            folder,
+            self._stamp,
+            bars,
+            world,
+            requests=requests,
+            shards=shards,
+            after_judging=self.chronicle.judged,
         )
 
     def __enter__(self) -> Session:
@@ -215,7 +215,9 @@ class Session:
             words = f"{problem}. Another process may have ended: its output says why. `resume {folder}` in all of them goes on"
             self._fail(words)
             raise ConnectionError(words) from problem
-        self.journal.status(outcome.state, self.state.counters.step, self.total_steps, outcome.message)
+        done = self.state.counters.step
+        total = done if outcome.state == "finished" else self.total_steps  # of counted rounds an upper bound
+        self.journal.status(outcome.state, done, total, outcome.message)
         return outcome
 
     def _play(self, asked: Mapping[str, bool]) -> Run | None:
@@ -226,12 +228,12 @@ class Session:
         began = time.perf_counter()
         for event in play(self.state, *parts, self.archive, self.config.generation.shard_prompts):
             if isinstance(event, Round):
+                self.library.release()
                 if self.reference_first:
                     self.learner.sealed = False
                     start = self.about["start_fingerprint"] if now.step == 0 else None
                     reference.compute(self.learner, self.state.buffer.pairs, start, self.bars)
                     self.learner.sealed = True
-                self.library.release()
                 news = self.chronicle.round(event)
             else:
                 metrics, news = self.chronicle.update(event, time.perf_counter() - began)
@@ -276,9 +278,6 @@ class Session:
         self.tick(now.step - before)
         self.bars.say(f"rolled back from update {before} to {now.step}, learning rate times {scale:g}", "bold yellow")
         self.journal.metrics({"step": now.step, "rolled_back_from": before, "rate_scale": scale, "alarms": list(news)})
-
-    def _after_judging(self, number: int) -> None:
-        self.chronicle.judged(number)
 
     def _stamp(self) -> str:
         """What responses and judgments of now depend on, besides the run's configuration."""
