@@ -185,7 +185,7 @@ def test_rounds_with_a_judge_are_played_by_two_processes_as_by_one(
 ) -> None:
     (tmp_path / "check.py").write_text("def score(prompt, response, row):\n    return len(set(response.split()))\n")
     keys: dict[str, object] = {
-        "model_name_or_path": inputs[0],
+        "model_name_or_path": toy_folder(tmp_path / "model", max_position_embeddings=1024),
         "dataset_name": inputs[1],
         "judge": judge,
         "judge_cache": False,
@@ -200,7 +200,11 @@ def test_rounds_with_a_judge_are_played_by_two_processes_as_by_one(
         "max_prompt_length": 48,
         "report_to": "none",
     }
-    extra = {"verifier": f"{tmp_path / 'check.py'}:score"} if judge == "verifier" else {"judge_by": "logprobs"}
+    extra = (
+        {"verifier": f"{tmp_path / 'check.py'}:score"}
+        if judge == "verifier"
+        else {"judge_by": "logprobs", "judge_orders": "given"}
+    )
     if judge == "policy":
         (template := tmp_path / "short.jinja").write_text("{{ question }} {{ a }} {{ b }}")
         extra |= {"judge_template": str(template)}
