@@ -32,7 +32,7 @@ PLAN = (
     ("S", "unkind", "fp32", False),
     *(("long", "dpo", dtype, False) for dtype in ("bf16", "fp32")),
 )
-QUICK = (("S", "dpo", "fp32", False), ("S", "dpo", "bf16", False), ("M", "dpo", "bf16", False))
+QUICK = (("S", "dpo", "bf16", False), ("M", "dpo", "bf16", False))
 STEPS = {"S": 5, "M": 5}  # 3 elsewhere
 QUICK_STEPS = {"S": 3, "M": 1}
 NAMES = ("shape", "pairs", "dtype", "checkpointing")
