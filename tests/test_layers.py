@@ -16,7 +16,7 @@ LAYERS = """
     methods.rounds
     metrics model.dry progress interrupt
     methods actors judges archive learner model.plan checkpoint journal monitor card
-    evaluate probe reference merge library results
+    evaluate probe reference merge writers results
     loop
     chronicle
     session

@@ -23,7 +23,6 @@ from sparring.interrupt import asked_to_stop
 from sparring.journal import Journal, Run, tracker
 from sparring.judges.make import make_judge
 from sparring.learner import Learner
-from sparring.library import Library, check_generation
 from sparring.loop import Round, planned, play
 from sparring.methods.base import Context, Judge, Method, NoJudge, reference_goes_first
 from sparring.model import policy
@@ -37,6 +36,7 @@ from sparring.progress import Bars, Tick
 from sparring.records import Prompt
 from sparring.results import Results
 from sparring.seeds import Seeds
+from sparring.writers import Writers, check_generation
 
 ROLLBACKS = 3  # after so many a run stops: what halving the learning rate did not mend, it will not
 
@@ -109,7 +109,7 @@ class Session:
         self.monitor = Monitor(config.monitor, self.state.counters.monitor)
         self.seeds = Seeds(config.run.seed)
         self.tick: Tick = lambda count, note="": None
-        self.library = Library(
+        self.writers = Writers(
             config,
             roles,
             self.chat,
@@ -124,13 +124,13 @@ class Session:
             device=self.learner.device,
         )
         if own:
-            judging["policy"] = partial(self.library.as_judge, self.max_length, lambda: str(self.about) + self._stamp())
+            judging["policy"] = partial(self.writers.as_judge, self.max_length, lambda: str(self.about) + self._stamp())
             self.judge = make_judge(config, device, **judging)
-        self.context = Context(self.library, self.seeds, self.max_length, self.judge)
+        self.context = Context(self.writers, self.seeds, self.max_length, self.judge)
         rows_used = f"{len(self.prompts)} of {self.loaded.rows} rows used"
         self.results = Results(config, journal, roles, self.chat, world, rows=rows_used, dtype=self.dtype_shipped)
         for name in self.method.writers():
-            self.library.check(name)
+            self.writers.check(name)
         count = self.cadence.prompts_per_round or len(self.prompts)
         shards, requests = math.ceil(count / config.generation.shard_prompts), asked(self.method, 2, self.max_length)[1]
         folder = journal.folder / "rounds"
@@ -164,7 +164,7 @@ class Session:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.library.release()
+        self.writers.release()
         self.tracker.finish()
 
     def begin(self, model: Any, rows: Any) -> None:
@@ -228,7 +228,7 @@ class Session:
         began = time.perf_counter()
         for event in play(self.state, *parts, self.archive, self.config.generation.shard_prompts):
             if isinstance(event, Round):
-                self.library.release()
+                self.writers.release()
                 if self.reference_first:
                     self.learner.sealed = False
                     start = self.about["start_fingerprint"] if now.step == 0 else None

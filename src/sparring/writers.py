@@ -28,7 +28,7 @@ from sparring.model.start import computed_in
 ROLES: tuple[Role, ...] = ("policy", "ema")
 
 
-class Library(Mapping[str, Writer]):
+class Writers(Mapping[str, Writer]):
     """Writers by name: ``policy``, ``ema``, ``previous``, ``start``, or a model's folder or name on the hub.
 
     A model that is no role of the run is loaded when it writes and leaves memory after, so that one is there at a time.
