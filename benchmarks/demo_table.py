@@ -1,9 +1,10 @@
 """SAPO's forms and the controls on the demo's tasks: tuned with equal budgets on validation prompts, figures from fresh seeds.
 
-    python benchmarks/demo_table.py [--seeds 0 1 2] [--json FILE] [--quick]
+    python benchmarks/demo_table.py [--seeds 0 1 2] [--folder FOLDER] [--json FILE] [--quick]
 
 Every contender chooses between the same two learning rates, on the validation prompts of a seed of its own; what it chose is then
 trained from fresh starts on fresh data, and scored on 400 test prompts of each seed. The table is written to benchmarks/results/.
+With --folder what is trained stays there, and a table that was interrupted goes on.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from datetime import date
@@ -50,50 +53,88 @@ FORMS = (
 )
 
 
-def start(folder: Path, seed: int, changes: dict[str, Any]) -> dict[str, Any]:
-    """Make a seed's data and its starting model; the start's figures on both splits."""
-    files = play.make_data(folder / "data", seed)
-    texts = (row[key] for row in map(json.loads, files["demonstrations"].open()) for key in ("prompt", "completion"))
-    base = init_model(InitModel(output_dir=str(folder / "init"), seed=seed, **play.SHAPE), texts)
+Rows = list[dict[str, str]]
+
+
+def start(
+    folder: Path, seed: int, changes: dict[str, Any], planted: Callable[[Rows, int], Rows] | None
+) -> dict[str, Any]:
+    """Make a seed's data and its starting model, of demonstrations that ``planted`` changed; the start's figures on its split."""
+    if not (folder / "data").is_dir():
+        files = play.make_data(folder / "making", seed)
+        rows = [json.loads(line) for line in files["demonstrations"].open()]
+        made = planted(rows, seed) if planted else rows
+        files["demonstrations"].write_text("".join(json.dumps(row) + "\n" for row in made))
+        init = InitModel(output_dir=str(folder / "init"), seed=seed, **play.SHAPE)
+        shutil.rmtree(folder / "init", ignore_errors=True)
+        init_model(init, (row[key] for row in made for key in ("prompt", "completion")))
+        (folder / "making").rename(folder / "data")
     contender = Contender(play.START, "demo_sft", "demonstrations", changes)
-    return run(contender, folder, base, seed, "validation" if seed == TUNING_SEED else "test")
+    return run(contender, folder, folder / "init", seed, "validation" if seed == TUNING_SEED else "test")
 
 
 def run(contender: Contender, folder: Path, origin: Path, seed: int, split: str) -> dict[str, Any]:
-    """Train and score one contender; its figures."""
+    """Train and score one contender; its figures, which are kept beside it."""
+    run_folder = folder / play.folder_name(contender.name)
+    kept = run_folder / "figures.json"
+    if kept.is_file():
+        figures: dict[str, Any] = json.loads(kept.read_text())
+        return figures
+    shutil.rmtree(run_folder, ignore_errors=True)
     files = {name: folder / "data" / f"{name}.jsonl" for name in ("demonstrations", "human", "validation", "test")}
     outcome = play.enter(contender, folder, files, origin, split, seed, Bars(quiet=True))
     print(
         f"  seed {seed:3}  {contender.name:45} {100 * outcome.passed(False).mean():5.1f}  {outcome.seconds:4.0f} s",
         flush=True,
     )
-    figures = play.figures_of(outcome)
-    models = sorted((folder / play.folder_name(contender.name) / "models").glob("round-*"))
+    figures = play.figures_of(outcome) | told(run_folder)
+    models = sorted((run_folder / "models").glob("round-*"))
     if len(models) > 1:  # the last is the result
         test = [play.held_out(model, files[split], Bars(quiet=True)) for model in models[:-1]]
         figures["rounds"] = [play.figures_of(play.Outcome("", 0.0, found)) for found in test]
+    kept.write_text(json.dumps(figures))
     return figures
 
 
+def told(run_folder: Path) -> dict[str, Any]:
+    """What a run says of itself: comparisons that it asked for, and the fall of its chosen responses' log-prob.
+
+    The fall is that of the last round, nats per token: its first update, which the round's start still scores, less the mean of
+    the last quarter of its updates.
+    """
+    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").open()]
+    begins = [i for i, line in enumerate(lines) if "round" in line]
+    of_round = lines[begins[-1] :] if begins else lines
+    found = [line["logps/chosen_per_token"] for line in of_round if "logps/chosen_per_token" in line]
+    asked = sum(line.get("judge/comparisons", 0.0) for line in lines)
+    return {"comparisons": asked, "drop": found[0] - float(np.mean(found[-max(1, len(found) // 4) :]))}
+
+
 def tuned(
-    contenders: list[Contender], seeds: list[int], workers: int, few: dict[str, Any]
+    contenders: list[Contender],
+    given: argparse.Namespace,
+    few: dict[str, Any],
+    *,
+    rates: Sequence[float] = RATES,
+    planted: Callable[[Rows, int], Rows] | None = None,
 ) -> tuple[dict[str, float], dict[str, list[dict[str, Any]]]]:
     """Each contender's rate, chosen on the tuning seed's validation prompts, and its figures on every seed's test prompts."""
-    with tempfile.TemporaryDirectory() as scratch, ProcessPoolExecutor(workers) as pool:
-        folders = {seed: Path(scratch) / str(seed) for seed in (TUNING_SEED, *seeds)}
-        starts = {seed: pool.submit(start, folder, seed, few) for seed, folder in folders.items()}
+    seeds = given.seeds
+    with tempfile.TemporaryDirectory() as scratch, ProcessPoolExecutor(given.workers) as pool:
+        folders = {seed: (given.folder or Path(scratch)) / str(seed) for seed in (TUNING_SEED, *seeds)}
+        starts = {seed: pool.submit(start, folder, seed, few, planted) for seed, folder in folders.items()}
         tuning = {}
         starts[TUNING_SEED].result()
         origin = folders[TUNING_SEED] / play.START / "model"
         for contender in contenders:
-            for rate in RATES:
+            for rate in rates:
                 tried = replace(
                     contender, name=f"{contender.name} {rate:g}", changes={**contender.changes, "learning_rate": rate}
                 )
                 job = pool.submit(run, tried, folders[TUNING_SEED], origin, TUNING_SEED, "validation")
                 tuning[contender.name, rate] = job
         chosen = {
-            c.name: max(RATES, key=lambda rate: tuning[c.name, rate].result()["pass_sampled"]) for c in contenders
+            c.name: max(rates, key=lambda rate: tuning[c.name, rate].result()["pass_sampled"]) for c in contenders
         }
         rows: dict[str, list[Any]] = {play.START: [starts[seed] for seed in seeds]}
         for contender in contenders:
@@ -112,35 +153,45 @@ def arguments(about: str) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--json", type=Path)
     parser.add_argument(
+        "--folder", type=Path, help="where runs are kept, for a table that goes on; else they are removed"
+    )
+    parser.add_argument(
         "--quick", action="store_true", help="a few updates each, to see that it runs; the figures mean nothing"
     )
     parser.add_argument("--workers", type=int, default=2)
     return parser.parse_args()
 
 
-def written(name: str, title: str, given: argparse.Namespace, began: float, chosen: Any, figures: Any) -> None:
-    """Print the table, and write it where it is no quick one."""
+def written(
+    name: str, title: str, given: argparse.Namespace, began: float, chosen: Any, figures: Any, says: str = ""
+) -> None:
+    """Print the table, and write it where it is no quick one; ``says`` is what it is of."""
     lines = [
         f"# {title}, {date.today()}",
         "",
         f"`python benchmarks/{name}.py --seeds {' '.join(map(str, given.seeds))}{' --quick' if given.quick else ''}`, "
         f"{time.perf_counter() - began:.0f} s on {os.cpu_count()} processors, one thread a contender. "
         f"Mean ± standard deviation over {len(given.seeds)} seeds, 400 test prompts each; passed: every constraint met and the "
-        "response ended. Learning rate chosen out of two on the validation prompts of another seed.",
+        "response ended. Learning rates chosen on the validation prompts of another seed, as many tried for each. asked: "
+        "comparisons of the whole run, in thousands. fall: of the chosen responses' log-prob in the last round, nats per token.",
+        *(["", says] if says else []),
         "",
-        "| contender | learning rate | sampled, % passed | greedy, % passed | sampled score, % | nats/token | s |",
-        "|---|---|---|---|---|---|---|",
+        "| contender | learning rate | sampled, % passed | greedy, % passed | sampled score, % | nats/token | asked | fall | s |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for contender, found in figures.items():
         rate = f"{chosen[contender]:g}" if contender in chosen else "recipe"
         parts = [cell(found, key) for key in ("pass_sampled", "pass_greedy", "score_sampled")]
-        nll, seconds = (np.mean([row[key] for row in found]) for key in ("nll", "seconds"))
-        lines.append(f"| {contender} | {rate} | {' | '.join(parts)} | {nll:.3f} | {seconds:.0f} |")
+        nll, seconds, asked, drop = (
+            np.mean([row[key] for row in found]) for key in ("nll", "seconds", "comparisons", "drop")
+        )
+        more = f"{nll:.3f} | {asked / 1000:.1f} | {drop:+.3f} | {seconds:.0f}"
+        lines.append(f"| {contender} | {rate} | {' | '.join(parts)} | {more} |")
         rounds = min((len(row.get("rounds", [])) for row in found), default=0)
         for number in range(rounds):
             each = [row["rounds"][number] for row in found]
             parts = [cell(each, key) for key in ("pass_sampled", "pass_greedy", "score_sampled")]
-            lines.append(f"| ... after round {number + 1} | | {' | '.join(parts)} | | |")
+            lines.append(f"| ... after round {number + 1} | | {' | '.join(parts)} | | | | |")
     text = "\n".join(lines) + "\n"
     print(text)
     if not given.quick:
@@ -161,7 +212,7 @@ def main() -> None:
     few = {"max_steps": 4} if given.quick else {}
     contenders = [replace(c, changes={**c.changes, **few}) for c in (*CONTROLS, *FORMS)]
     began = time.perf_counter()
-    chosen, figures = tuned(contenders, given.seeds, given.workers, few)
+    chosen, figures = tuned(contenders, given, few)
     written("demo_table", "The demo's table", given, began, chosen, figures)
 
 

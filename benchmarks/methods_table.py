@@ -1,9 +1,9 @@
 """The methods with rounds and their controls on the demo's tasks, its verifier as judge: tuned alike, figures from fresh seeds.
 
-    python benchmarks/methods_table.py [--seeds 0 1 2] [--json FILE] [--quick]
+    python benchmarks/methods_table.py [--seeds 0 1 2] [--folder FOLDER] [--json FILE] [--quick]
 
-Every contender chooses between the same two learning rates on the validation prompts of a seed of its own, and is then trained from
-fresh starts. The judged ones write five responses to each of the same 960 prompts, whose demonstrations they do not see; the
+Every contender chooses between the same three learning rates on the validation prompts of a seed of its own, and is then trained
+from fresh starts. The judged ones write five responses to each of the same 960 prompts, whose demonstrations they do not see; the
 rows below a contender are the models after its earlier rounds. Controls: what the start saw, for longer; the human responses; and
 the judge's best of five, in one round and in three, with as many updates as the others and with three times as many.
 """
@@ -18,6 +18,7 @@ from demo_table import arguments, tuned, written
 from sparring.demo.play import Contender
 
 PROMPTS = "demonstrations"
+RATES = (2e-4, 5e-4, 1e-3)
 CONTROLS = (
     Contender("SFT continued", "demo_sft_continued", PROMPTS),
     Contender("SFT on human", "demo_sft_human", "human"),
@@ -71,7 +72,7 @@ def main() -> None:
         for c in (*CONTROLS, *JUDGED, *OTHERS)
     ]
     began = time.perf_counter()
-    chosen, figures = tuned(contenders, given.seeds, given.workers, few)
+    chosen, figures = tuned(contenders, given, few, rates=RATES)
     written("methods_table", "Methods with rounds on the demo's tasks", given, began, chosen, figures)
 
 
