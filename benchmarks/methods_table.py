@@ -59,20 +59,23 @@ OTHERS = (
     Contender("SAPO-DPO + NLL", "demo_sapo_dpo", "human"),
     Contender("SAPO-ORPO", "demo_sapo_orpo", "human"),
 )
-FEW = {"prompts_per_round": 8, "num_train_epochs": 1.0}
+FEW = {"prompts_per_round": 32, "num_train_epochs": 1.0}
 
 
 def main() -> None:
     """Tune, train, print and write the table."""
     given = arguments(__doc__.split("\n")[0])
     few = {"max_steps": 4} if given.quick else {}
+    rates, learnt = (
+        (RATES[:1], {"max_steps": 150}) if given.quick else (RATES, {})
+    )  # a start that knows nothing gives no pairs
     small = few | FEW if given.quick else {}
     contenders = [
         replace(c, changes={**c.changes, **(few if c in CONTROLS[:2] or "sapo" in c.recipe else small)})
         for c in (*CONTROLS, *JUDGED, *OTHERS)
     ]
     began = time.perf_counter()
-    chosen, figures = tuned(contenders, given, few, rates=RATES)
+    chosen, figures = tuned(contenders, given, learnt, rates=rates)
     written("methods_table", "Methods with rounds on the demo's tasks", given, began, chosen, figures)
 
 
