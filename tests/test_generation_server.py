@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import hashlib
 import os
 import signal
 import socket
@@ -17,6 +18,7 @@ import pytest
 import torch
 from faultserver import END, FaultServer, answer, written
 from small import tiny_llama
+from toyrun import toy_folder, write_rows
 from toys import toy_tokenizer
 
 from sparring.actors.launch import Launched, serving
@@ -25,8 +27,11 @@ from sparring.actors.server import ServerWriter
 from sparring.actors.servers import Running, ServerFailed, Servers, check_servers, running
 from sparring.config import GenerationConfig
 from sparring.data.chat import Chat
+from sparring.data.parquet import read
 from sparring.methods.base import Request, Sampling, Writing
-from sparring.records import tokens
+from sparring.methods.sppo import SPPO
+from sparring.records import Candidate, tokens
+from sparring.run import train
 
 HERE = Path(__file__).parent
 SAMPLED = Sampling(0.7, 0.9, 40)
@@ -188,7 +193,9 @@ from types import SimpleNamespace
 from sparring.actors.server import ServerWriter
 from sparring.actors.servers import Running
 from sparring.methods.base import Request, Sampling
-from sparring.records import tokens
+from sparring.methods.sppo import SPPO
+from sparring.records import Candidate, tokens
+from sparring.run import train
 
 chat = SimpleNamespace(end_ids={1}, end_id=1)
 asked = [Request(tokens([5, 6, 7 + n]), 20, 2**40 + n) for n in range(40)]
@@ -490,3 +497,33 @@ def test_transformers_serve_draws_by_the_seed_where_it_is_asked_one_by_one(serve
     assert first == second
     others = [Request(request.token_ids, 12, request.seed + 50) for request in asked]
     assert ServerWriter(servers, made, source=str, **ONE_BY_ONE).write(others, SAMPLED) != first
+
+
+def test_a_run_has_a_server_of_its_own_in_each_round_with_that_rounds_weights(tmp_path: Path) -> None:
+    model, data = toy_folder(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl", 12)
+    log, script = tmp_path / "log", tmp_path / "serve.py"
+    script.write_text(
+        "import hashlib, pathlib, runpy, sys\n"
+        "weights = pathlib.Path(sys.argv[2], 'model.safetensors').read_bytes()\n"
+        f"with open({str(log)!r}, 'a') as file: file.write(hashlib.md5(weights).hexdigest() + '\\n')\n"
+        f"sys.path.insert(0, {str(HERE)!r})\n"
+        f"runpy.run_path({str(HERE / 'faultserver.py')!r}, run_name='__main__')\n"
+    )
+    verifier = tmp_path / "verifier.py"
+    verifier.write_text("def score(prompt, response, row): return len(set(response)) / 100\n")
+    keys: dict[str, Any] = {"per_device_train_batch_size": 4, "learning_rate": 1e-3, "monitor_steps": 0, "quiet": True}
+    keys |= {"max_length": 96, "max_prompt_length": 48, "judge": "verifier", "verifier": f"{verifier}:score"}
+    keys |= {"generation_backend": "server", "server_model": "toy", "eval_dataset_name": str(data)}
+    keys["server_command"] = f"{sys.executable} {script} {{port}} {{model}} 127.0.0.1"
+    sppo = SPPO(rounds=2, responses_per_prompt=3, max_new_tokens=12, beta=0.05)
+    run = train(sppo, model_name_or_path=str(model), dataset_name=str(data), output_dir=str(tmp_path / "run"), **keys)
+    assert run.state == "finished"
+    served = log.read_text().split()
+    weights = [hashlib.md5(f.read_bytes()).hexdigest() for f in sorted(run.folder.glob("models/*/model.safetensors"))]
+    assert list(dict.fromkeys(served))[1:] == weights  # the start's, which are written anew for a server, come first
+    assert len(served) == 3  # the start's and each round's: what is evaluated after a round writes the next one too
+    sources = [
+        {c.response.source for file in run.folder.glob(f"rounds/{n:05d}/responses/*") for c in read(file, Candidate)}
+        for n in (0, 1)
+    ]
+    assert sources == [{"policy@0"}, {f"policy@{run.metrics[-1]['step'] // 2:.0f}"}]

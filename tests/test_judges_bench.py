@@ -38,7 +38,7 @@ class Pairs:
     def compare(self, asked: Sequence[Comparison]) -> Iterator[tuple[int, float | None]]:
         for place in reversed(range(len(asked))):
             each = asked[place]
-            self.shown.append((each.prompt.question or each.prompt.text, each.a.text, each.b.text))
+            self.shown.append((each.prompt.asked, each.a.text, each.b.text))
             self.tally["calls"] += 1
             yield place, self.opinion(each.a.text, each.b.text)
 

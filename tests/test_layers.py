@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LAYERS = """
-    records seeds
+    records seeds folders
     keys
     losses bounds ranking pairing config data.chat
     data
@@ -16,8 +16,8 @@ LAYERS = """
     methods.rounds
     metrics model.dry progress interrupt
     methods actors judges archive learner model.plan checkpoint journal monitor card
-    evaluate probe reference merge writers results
-    loop
+    evaluate.held_out evaluate.agreement probe reference merge writers results
+    evaluate loop
     chronicle
     session
     run stages

@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,12 +21,13 @@ from sparring.methods.base import Comparison, Context, LogProbs, Method, Samplin
 from sparring.methods.best_of_k import BestOfK
 from sparring.methods.ipr import IPR
 from sparring.methods.offline import SPPOOffline
-from sparring.methods.rounds import by_score, chance, rank
+from sparring.methods.rounds import by_score, rank
 from sparring.methods.spin import SPIN
 from sparring.methods.sppo import SPPO
 from sparring.methods.tso import TSO, distinct, split
 from sparring.model.roles import Roles
 from sparring.pairing import Judged
+from sparring.ranking import bradley_terry
 from sparring.records import Group, Judgment, Pair, Prompt, Response, Standing
 from sparring.seeds import Seeds
 
@@ -80,7 +82,7 @@ def table(found: dict[tuple[int, int], float | None]) -> Opinion:
 
 def larger(a: Response, b: Response) -> float:
     """The larger first token is better, the surer the further apart."""
-    return chance((number(a) - number(b)) / 10)
+    return bradley_terry((number(a) - number(b)) / 10)
 
 
 def judged(method: Method, groups: list[Group], judge: Any) -> Judged:
@@ -231,7 +233,7 @@ def test_training_on_all_is_the_mean_over_pairs_with_every_response_once(count: 
     ]
     assert sorted(scored) == ids
     ratios = {each: 0.01 * each - 0.2 for each in ids}
-    rates = {i: (0.5 + sum(chance((i - k) / 10) for k in ids if k != i)) / count for i in ids}
+    rates = {i: (0.5 + sum(bradley_terry((i - k) / 10) for k in ids if k != i)) / count for i in ids}
     by_hand = sum(0.5 * (ratios[i] - (rates[i] - 0.5) / 0.1) ** 2 for i in ids) / len(pairs)
     chosen = [ratios[number(p.chosen)] for p in pairs]
     rejected = [ratios[number(p.rejected)] if p.rejected and p.rejected_scored != (0, 0) else 0.0 for p in pairs]
@@ -849,5 +851,27 @@ def test_ranking_says_who_judged_and_where_every_response_stands() -> None:
 
 
 def test_a_sigmoid_of_any_margin_is_a_probability() -> None:
-    assert [chance(m) for m in (-1e6, 0.0, 1e6)] == [0.0, 0.5, 1.0]
-    assert all(chance(m) + chance(-m) == pytest.approx(1) for m in random.Random(0).sample(range(50), 9))
+    assert [bradley_terry(m) for m in (-1e6, 0.0, 1e6)] == [0.0, 0.5, 1.0]
+    assert all(bradley_terry(m) + bradley_terry(-m) == pytest.approx(1) for m in random.Random(0).sample(range(50), 9))
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [
+        (SPPO(ranking="swiss", comparisons_per_response=2), "comparisons_per_response is 2, .* ranking is swiss"),
+        (SPPO(swiss_turns=2), "swiss_turns is 2, .* ranking is round_robin"),
+        (BestOfK(least_score=0.5), "least_score is read by ranking score"),
+        (BestOfK(ranking="score", least_score=0.5), "compares two responses and scores none"),
+    ],
+)
+def test_a_setting_that_nobody_would_read_is_refused(method: Any, reason: str) -> None:
+    judge = Judging(MATRIX)
+    assert re.search(reason, method.refuses(judge)), method.refuses(judge)
+    assert SPPO(comparisons_per_response=2).refuses(judge) is None
+
+
+def test_a_matrix_of_local_folders_is_anchored_and_names_are_left_alone() -> None:
+    method = TSO(positives=("human", "late*2"), negatives=("policy*3", "previous", "start", "early"))
+    anchored = method.anchored(lambda name: f"/runs/{name}")
+    assert anchored.positives == ("human", "/runs/late*2")
+    assert anchored.negatives == ("policy*3", "previous", "start", "/runs/early")

@@ -39,6 +39,7 @@ METHODS = {
         "judge": "verifier",
         "judge_concurrency": 2,
         "judge_scale": 5,
+        "eval_max_samples": 6,
     },
 }
 # Every call leaves a line, so that what was paid for twice is seen.
@@ -57,7 +58,7 @@ def score(prompt, response, row):
 def command(name: str, model: Path, data: Path, out: Path) -> list[str]:
     keys = {**COMMON, **METHODS[name], "model_name_or_path": model, "dataset_name": data, "output_dir": out}
     if name == "sppo":
-        keys["verifier"] = f"{data.parent / 'verifier.py'}:score"
+        keys |= {"verifier": f"{data.parent / 'verifier.py'}:score", "eval_dataset_name": data}
     return [sys.executable, "-m", "sparring", name, *(word for k, v in keys.items() for word in (f"--{k}", str(v)))]
 
 
@@ -67,6 +68,7 @@ def state(folder: Path) -> dict[str, bytes]:
         *folder.glob("model*/*.safetensors"),
         *checkpoint.found(folder / "checkpoints")[-1].iterdir(),
         *(file for file in folder.glob("rounds/**/*") if file.is_file()),
+        *folder.glob("evaluation/*.parquet"),
         folder / "metrics.jsonl",
     ]
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
@@ -153,6 +155,7 @@ def test_sppo_killed_three_times_ends_as_if_never_stopped_and_pays_for_no_judgme
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     expected = unbroken("sppo", inputs["sppo"], whole)
     assert {"rounds/00002/pairs.parquet", "rounds/00002/lineage.json", "metrics.jsonl"} <= expected.keys()
+    assert len([name for name in expected if name.startswith("evaluation/")]) == 4  # the start's, and each round's
     struck = kill_and_resume("sppo", inputs["sppo"], broken, random.Random(11), 3)
     assert struck >= 2
     assert_same(state(broken), expected)

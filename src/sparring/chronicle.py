@@ -8,6 +8,7 @@ from typing import Any
 
 from sparring.checkpoint import TrainState
 from sparring.config import Config
+from sparring.evaluate.evaluator import Evaluator, in_words
 from sparring.journal import Journal, Tracker
 from sparring.judges.bench import Bench
 from sparring.judges.human import pair_id
@@ -31,6 +32,7 @@ class Chronicle:
         monitor: Monitor,
         probe: Probe,
         judge: Judge,
+        evaluator: Evaluator | None,
         *,
         total_steps: int,
         updates_per_epoch: int,
@@ -39,7 +41,14 @@ class Chronicle:
         """``say`` hears what a person should know."""
         self._config, self._cadence, self._state, self._journal = config, cadence, state, journal
         self._tracker, self._monitor, self._probe, self._judge = tracker, monitor, probe, judge
+        self._evaluator = evaluator
         self._total, self._per_epoch, self._say = total_steps, updates_per_epoch, say
+
+    def begin(self) -> None:
+        """Before the first update: what the start is worth on held-out prompts."""
+        if self._evaluator and self._state.counters.step == 0:
+            metrics = self._evaluator.measure(0)
+            self._log({"step": 0} | metrics, metrics)
 
     def round(self, event: Round) -> list[str]:
         """A round has its pairs; news of alarms."""
@@ -55,8 +64,13 @@ class Chronicle:
         """An update is made; its metrics, and news of alarms."""
         every = self._config.monitor.monitor_steps
         metrics = event.metrics | self._monitor.update(event.metrics)
-        if every and (event.step % every == 0 or event.step == self._total):
+        last = event.last or event.step == self._total
+        if every and (event.step % every == 0 or last):
             metrics["kl/start"] = self._probe.kl()
+        if self._evaluator and self._evaluator.due(event.step, last):
+            found = self._evaluator.measure(event.step)
+            self._say(in_words(found))
+            metrics |= found
         self._journal.timing({"step": event.step, "seconds": round(seconds, 6)})
         epoch = round(event.step / self._per_epoch, 6)
         return metrics, self._log({"step": event.step, "epoch": epoch} | metrics, metrics)
@@ -90,6 +104,6 @@ class Chronicle:
 
 def for_people(group: Group, a: int, b: int) -> dict[str, str]:
     """Two responses as a person judges them; a label names their pair_id."""
-    asked = group.prompt.question or group.prompt.text
+    asked = group.prompt.asked
     one, other = group.responses[a].text, group.responses[b].text
     return {"pair_id": pair_id(asked, one, other), "prompt": asked, "a": one, "b": other}

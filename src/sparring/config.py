@@ -2,7 +2,7 @@
 
 A part is a frozen dataclass whose fields are made with :func:`sparring.keys.key`, which carries meaning, unit and range
 beside the default. A method is one part; the parts below are the others. The resolved whole is saved with the run and read back by
-resume.
+resume. This file is over 300 lines because every part's keys stand in it, where they are found.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class JudgeConfig:
     judge_cache: bool = key(True, "Keep answers on the disk, so that none is paid for twice")
     human_labels: str | None = key(
         None,
-        "human: JSON lines of pair_id, verdict (a, b, tie), who, when; what they say overrides other judges in tso",
+        "human: JSON lines of pair_id, verdict (a, b, tie), who, when; what they say overrides any other judge",
     )
 
 
@@ -206,6 +206,26 @@ class MonitorConfig:
 
 
 @dataclass(frozen=True)
+class EvaluationConfig:
+    """Evaluation between rounds"""
+
+    eval_dataset_name: str | None = key(
+        None, "Held-out prompts, with or without responses: what dataset_name may be; none: no evaluation in the run"
+    )
+    eval_split: str = key("test", "Split of a hub data set, or of a folder's files")
+    eval_max_samples: int | None = key(200, "Use only the first so many of its rows; none: all", unit="rows", least=1)
+    eval_steps: int = key(
+        0,
+        "Updates between evaluations, besides those at rounds' ends and the run's; 0: those alone",
+        unit="updates",
+        least=0,
+    )
+    eval_max_new_tokens: int | None = key(
+        None, "Longest response to them; none: the method's max_new_tokens, else 256", unit="tokens", least=1
+    )
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """The run"""
 
@@ -230,13 +250,14 @@ PARTS: dict[str, type] = {
     "judging": JudgeConfig,
     "training": TrainingConfig,
     "monitor": MonitorConfig,
+    "evaluation": EvaluationConfig,
     "run": RunConfig,
 }
 
 
 @dataclass(frozen=True)
 class Config:
-    """A run's whole configuration: the method and the eight parts."""
+    """A run's whole configuration: the method and the nine parts."""
 
     method: Any  # a method's frozen dataclass
     model: ModelConfig = ModelConfig()
@@ -246,6 +267,7 @@ class Config:
     judging: JudgeConfig = JudgeConfig()
     training: TrainingConfig = TrainingConfig()
     monitor: MonitorConfig = MonitorConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     run: RunConfig = RunConfig()
 
     def flat(self) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from sparring.data import parquet
 from sparring.records import Group, Pair, Response
 
 VERSIONS = ("sparring", "torch", "transformers", "peft", "tokenizers", "safetensors", "datasets", "numpy")
-ABOUT = ("versions", "start_fingerprint", "data_fingerprint", "base_dtype")  # lines of config.yaml that are no keys
+FINGERPRINTS = ("start_fingerprint", "data_fingerprint", "evaluation_fingerprint", "judge_fingerprint")
+ABOUT = ("versions", *FINGERPRINTS)  # lines of config.yaml that are no keys
 
 
 class Journal:
@@ -44,7 +45,7 @@ class Journal:
         if not file.is_file():
             raise ValueError(f"{self.folder} is no run directory: it has no config.yaml")
         keys = yaml.safe_load(file.read_text())
-        about = {name: keys.pop(name, None) for name in ABOUT}
+        about = {name: keys.pop(name) for name in ABOUT if name in keys}
         return keys, about
 
     def metrics(self, line: Mapping[str, Any]) -> None:

@@ -213,7 +213,7 @@ def _prepare(
     visits = len(taken)
     if (
         cadence.rounds is not None
-    ):  # whose judgments are told apart by their prompt, and one may come up again at an epoch's end
+    ):  # judgments are told apart by their prompt, which may come up again at an epoch's end
         taken = list({prompt.id: prompt for prompt in taken}.values())
     groups: list[Group] = []
     aside: list[tuple[Group, int, int]] = []

@@ -29,7 +29,7 @@ class Paired:
     counted: Counter[str] = field(default_factory=Counter)  # what else happened, as names of metrics
     aside: list[tuple[Group, int, int]] = field(
         default_factory=list
-    )  # for people to judge: a group, and places of two responses
+    )  # for people: a group, and places of two responses
 
 
 def human_wins(groups: Sequence[Group]) -> list[Judgment]:

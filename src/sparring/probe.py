@@ -43,7 +43,7 @@ class Probe:
         rows = [
             {"prompt": list(p.token_ids), "response": list(w.token_ids)} for p, w in zip(chosen, written, strict=True)
         ]
-        logps = self._logps(rows).tolist()
+        logps = token_logps(self.learner, _groups(rows)).tolist()
         if world.main:
             part = self.file.with_name(self.file.name + ".part")
             part.write_text(json.dumps({"rows": rows, "logps": logps}))
@@ -56,17 +56,21 @@ class Probe:
         The mean of e^d - 1 - d over tokens, d = log policy - log start: unbiased, and never below 0.
         """
         known = json.loads(self.file.read_text())
-        d = self._logps(known["rows"]) - torch.tensor(known["logps"], dtype=torch.float64)
+        d = token_logps(self.learner, _groups(known["rows"])) - torch.tensor(known["logps"], dtype=torch.float64)
         return float((d.exp() - 1 - d).mean())
 
-    def _logps(self, rows: Sequence[dict[str, list[int]]]) -> Tensor:
-        """Log-probs of all response tokens, one after the other, float64."""
-        groups = [Group(tokens(row["prompt"]), [tokens(row["response"])]) for row in rows]
-        scorer = self.learner.scorer(groups)
-        budget = max(self.learner.budget, *map(scorer.size, groups))
-        found: dict[int, Tensor] = {}
-        with self.learner.roles.playing("policy") as model:
-            for places in scorer.cut(groups, budget):
-                logps, layout = scorer.token_logps(model, [groups[i] for i in places])
-                found |= zip(places, logps.double().cpu().tensor_split(layout.scored.token_bounds[1:-1]), strict=True)
-        return torch.cat([found[i] for i in range(len(groups))])
+
+def token_logps(learner: Learner, groups: Sequence[Group]) -> Tensor:
+    """The policy's log-probs of all response tokens of ``groups``, one after the other, [tokens], float64."""
+    scorer = learner.scorer(groups)
+    budget = max(learner.budget, *map(scorer.size, groups))
+    found: dict[int, Tensor] = {}
+    with learner.roles.playing("policy") as model:
+        for places in scorer.cut(groups, budget):
+            logps, layout = scorer.token_logps(model, [groups[i] for i in places])
+            found |= zip(places, logps.double().cpu().tensor_split(layout.scored.token_bounds[1:-1]), strict=True)
+    return torch.cat([found[i] for i in range(len(groups))])
+
+
+def _groups(rows: Sequence[dict[str, list[int]]]) -> list[Group]:
+    return [Group(tokens(row["prompt"]), [tokens(row["response"])]) for row in rows]

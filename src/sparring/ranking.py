@@ -16,6 +16,11 @@ Answered = Sequence[float | None]
 Game = Generator[Asked, Answered, "list[Place]"]
 
 
+def bradley_terry(margin: float) -> float:
+    """P(a beats b) = sigmoid(margin), for any difference of two scores; source: Bradley and Terry, 1952."""
+    return 1 / (1 + math.exp(-margin)) if margin >= 0 else math.exp(margin) / (1 + math.exp(margin))
+
+
 @dataclass
 class Place:
     """What a ranking finds of one response."""

@@ -56,6 +56,11 @@ class Prompt:
     question: str = ""  # what is asked, as a person reads it: without the chat template's marks, for judges
     content: Any = None  # the same as the data set has it: text, or messages
 
+    @property
+    def asked(self) -> str:
+        """What judges and people are shown: the question, or the rendered text where it is not known apart."""
+        return self.question or self.text
+
 
 @dataclass(frozen=True, slots=True)
 class Group:

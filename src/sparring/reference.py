@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from sparring import folders
 from sparring.journal import versions
 from sparring.learner import Learner, group_of
 from sparring.progress import Bars
@@ -27,7 +27,7 @@ def compute(learner: Learner, pairs: Sequence[Pair], start_fingerprint: str | No
     if not pairs:
         return
     kept = start_fingerprint is not None
-    file = folder() / f"{_key(learner, pairs, start_fingerprint or '')}.safetensors"
+    file = folders.cache("reference") / f"{_key(learner, pairs, start_fingerprint or '')}.safetensors"
     world = learner.roles.world
     if kept and not world.any(not file.is_file()):
         for pair, sums in zip(pairs, load_file(file)["logps"], strict=True):
@@ -48,12 +48,6 @@ def compute(learner: Learner, pairs: Sequence[Pair], start_fingerprint: str | No
             part.replace(file)
         except (OSError, SafetensorError) as problem:  # this run knows them, and later ones compute them anew
             bars.say(f"the reference's log-probs could not be kept for later runs: {problem}", "yellow")
-
-
-def folder() -> Path:
-    """Where reference log-probs are kept: ``$SPARRING_CACHE/reference``, by default under ``~/.cache/sparring``."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("SPARRING_CACHE") or Path(cache) / "sparring") / "reference"
 
 
 def _key(learner: Learner, pairs: Sequence[Pair], start_fingerprint: str) -> str:

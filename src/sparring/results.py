@@ -60,7 +60,7 @@ class Results:
 
     def forget(self, number: int, step: int) -> None:
         """Remove models of rounds and updates that were taken back."""
-        for folder in self._journal.folder.glob("models/*-*") if self._world.main else ():
+        for folder in self._journal.folder.glob("models/[!.]*-*") if self._world.main else ():
             kind, _, count = folder.name.partition("-")
             if int(count) > (number if kind == "round" else step):
                 shutil.rmtree(folder)

@@ -25,6 +25,7 @@ def train(
     model: Any = None,
     tokenizer: Any = None,
     train_dataset: Any = None,
+    judge: Any = None,
     recipe: str | Path | None = None,
     quiet: bool = False,
     **keys: Any,
@@ -32,9 +33,9 @@ def train(
     """Train by ``method`` and return the finished run.
 
     ``keys`` are the flat configuration keys (``model_name_or_path``, ``dataset_name``, ``output_dir``, ``learning_rate``, ...) over
-    those of ``recipe``. ``model`` (a copy of it is trained; it needs ``tokenizer``) and ``train_dataset`` (a ``datasets.Dataset``
-    or a list of dicts) stand for names where you have the objects. Raises ValueError for anything wrong with configuration,
-    model or data, before training begins.
+    those of ``recipe``. ``model`` (a copy of it is trained; it needs ``tokenizer``), ``train_dataset`` (a ``datasets.Dataset`` or a
+    list of dicts) and ``judge`` (a Pairwise or Scoring of :mod:`sparring.judges.base`) stand for names where you have the objects.
+    Raises ValueError for anything wrong with configuration, model or data, before training begins; TypeError for no judge.
     """
     layer = read_recipe(recipe) if recipe else {}
     layer.pop("method", None)
@@ -42,6 +43,8 @@ def train(
         keys["model_name_or_path"] = str(Path(keys.get("output_dir", "")).resolve() / "start")
     if train_dataset is not None:
         keys["dataset_name"] = str(Path(keys.get("output_dir", "")).resolve() / "data.jsonl")
+    if judge is not None:
+        keys["judge"], judge = (judge, None) if isinstance(judge, str) else (None, judge)
     config = _with_whole_paths(resolve(method, layer, keys))
     if not config.run.output_dir:
         raise ValueError("output_dir is missing: name the run's folder, as in runs/first")
@@ -54,15 +57,16 @@ def train(
             _refuse_taken(journal, config)
         world.wait()
         parts = config, journal, Bars(quiet or not world.main)
-        with Session(*parts, model=model, tokenizer=tokenizer, rows=train_dataset, world=world) as session:
+        with Session(*parts, model=model, tokenizer=tokenizer, rows=train_dataset, judge=judge, world=world) as session:
             session.begin(model, train_dataset)
             return session.run()
 
 
-def resume(output_dir: str | Path, *, quiet: bool = False) -> Run:
+def resume(output_dir: str | Path, *, judge: Any = None, quiet: bool = False) -> Run:
     """Continue an interrupted run to the end it would have had; a run without a checkpoint starts anew.
 
-    Raises ValueError where ``output_dir`` is no run directory, or where model or data are no longer what the run began with.
+    A run that was given its ``judge`` as an object needs it again. Raises ValueError where ``output_dir`` is no run directory, or
+    where model, data or that judge are no longer what the run began with.
     """
     journal = Journal(Path(output_dir))
     keys, about = journal.configuration()
@@ -70,9 +74,11 @@ def resume(output_dir: str | Path, *, quiet: bool = False) -> Run:
     config = resolve(kind, keys, {"output_dir": str(output_dir)})
     if (journal.folder / "model").is_dir():
         return Run(journal.folder, "finished", "it was finished before")
+    if "judge_fingerprint" in about and judge is None:
+        raise ValueError(f"{journal.folder} was judged by an object of yours: give it again, resume(..., judge=...)")
     with joined(config.model.device) as world:
         journal = Journal(journal.folder, writes=world.main)
-        with Session(config, journal, Bars(quiet or not world.main), world=world) as session:
+        with Session(config, journal, Bars(quiet or not world.main), judge=judge, world=world) as session:
             if world.main:
                 _refuse_changed(session, about)
             session.restore()
@@ -82,10 +88,10 @@ def resume(output_dir: str | Path, *, quiet: bool = False) -> Run:
 def _refuse_changed(session: Session, about: dict[str, Any]) -> None:
     """Raise ValueError where model or data are no longer what the run began with."""
     for name, mine in session.about.items():
-        if about[name] != mine and name.endswith("fingerprint"):
+        if about.get(name) != mine and name.endswith("fingerprint"):
             part = name.removesuffix("_fingerprint")
             raise ValueError(
-                f"the {part} of {session.journal.folder} changed since the run began ({about[name]}, now {mine}): put it back"
+                f"the {part} of {session.journal.folder} changed since the run began ({about.get(name)}, now {mine}): put it back"
             )
 
 
@@ -106,18 +112,20 @@ def _with_whole_paths(config: Config) -> Config:
     model, data, judging = config.model, config.data, config.judging
 
     def whole(name: T) -> T:
-        return type(name)(Path(name).resolve()) if name and Path(name).exists() else name
+        return str(Path(name).resolve()) if name and Path(name).exists() else name
 
     place, colon, function = (judging.verifier or "").rpartition(":")
     verifier = f"{whole(place)}{colon}{function}" if place.endswith(".py") else judging.verifier
     return replace(
         config,
+        method=config.method.anchored(whole),
         model=replace(
             model,
             model_name_or_path=whole(model.model_name_or_path),
             chat_template_path=whole(model.chat_template_path),
         ),
         data=replace(data, dataset_name=whole(data.dataset_name)),
+        evaluation=replace(config.evaluation, eval_dataset_name=whole(config.evaluation.eval_dataset_name)),
         judging=replace(
             judging,
             verifier=verifier,

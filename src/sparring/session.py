@@ -19,9 +19,10 @@ from sparring.checkpoint import TrainState
 from sparring.chronicle import Chronicle
 from sparring.config import Config
 from sparring.data.datasets import Loaded, digest, load
+from sparring.evaluate.evaluator import Evaluator
 from sparring.interrupt import asked_to_stop
 from sparring.journal import Journal, Run, tracker
-from sparring.judges.make import make_judge
+from sparring.judges.make import fitting, make_judge
 from sparring.learner import Learner
 from sparring.loop import Round, planned, play
 from sparring.methods.base import Context, Judge, Method, NoJudge, reference_goes_first
@@ -53,6 +54,7 @@ class Session:
         model: Any = None,
         tokenizer: Any = None,
         rows: Any = None,
+        judge: Any = None,
         world: World = ALONE,
     ) -> None:
         """Read data, then the model; every fault in them is found here."""
@@ -61,14 +63,9 @@ class Session:
         device = policy.pick_device(config.model.device)
         judging: dict[str, Any] = {"world": world, "tick": bars.moved, "say": self._say}
         judging["spent"] = journal.spent_on_judging()
-        own = config.judging.judge == "policy"  # which is there later
-        self.judge: Judge = NoJudge() if own else make_judge(config, device, **judging)
-        if self.method.judged and not own and isinstance(self.judge, NoJudge):
-            raise ValueError(
-                f"{self.method.name} needs a judge: add --judge (verifier, reward_model, pairrm, llm, policy, human)"
-            )
-        if reason := None if isinstance(self.judge, NoJudge) else self.method.refuses(self.judge):
-            raise ValueError(reason)
+        judging["given"] = judge
+        later = judge is None and config.judging.judge == "policy"  # which is not there yet
+        self.judge: Judge = NoJudge() if later else fitting(self.method, make_judge(config, device, **judging))
         check_generation(config, self.method)
         if model is None:
             policy.check_causal(config.model)
@@ -98,7 +95,7 @@ class Session:
         self.about = {
             "start_fingerprint": world.told(policy.fingerprint(start) if world.main else ""),
             "data_fingerprint": digest(self.prompts),
-        }
+        } | ({} if judge is None else {"judge_fingerprint": judge.identity})
         kept = "none" if self.reference_first else self.cadence.reference
         roles = make_roles(config, start, self.cadence.ema_decay, kept, say=self._say, world=world, device=device)
         self.learner = Learner(
@@ -123,9 +120,9 @@ class Session:
             world=world,
             device=self.learner.device,
         )
-        if own:
+        if later:
             judging["policy"] = partial(self.writers.as_judge, self.max_length, lambda: str(self.about) + self._stamp())
-            self.judge = make_judge(config, device, **judging)
+            self.judge = fitting(self.method, make_judge(config, device, **judging))
         self.context = Context(self.writers, self.seeds, self.max_length, self.judge)
         rows_used = f"{len(self.prompts)} of {self.loaded.rows} rows used"
         self.results = Results(config, journal, roles, self.chat, world, rows=rows_used, dtype=self.dtype_shipped)
@@ -136,20 +133,14 @@ class Session:
         folder = journal.folder / "rounds"
         self.probe = Probe(self.learner, self.context, self.journal.folder / "probe.json")
         run_name, report_to = config.run.run_name or journal.folder.name, config.run.report_to
+        self.evaluator = None
+        if config.evaluation.eval_dataset_name:
+            self.evaluator = Evaluator(config, self.chat, self.learner, self.context, journal.folder, bars)
+            self.about["evaluation_fingerprint"] = self.evaluator.fingerprint
         self.tracker = tracker(report_to if world.main else "none", journal.folder, run_name, config.flat())
-        self.chronicle = Chronicle(
-            config,
-            self.cadence,
-            self.state,
-            journal,
-            self.tracker,
-            self.monitor,
-            self.probe,
-            self.judge,
-            total_steps=self.total_steps,
-            updates_per_epoch=self.updates_per_epoch,
-            say=self._say,
-        )
+        hears = self.tracker, self.monitor, self.probe, self.judge, self.evaluator
+        counts: dict[str, Any] = {"total_steps": self.total_steps, "updates_per_epoch": self.updates_per_epoch}
+        self.chronicle = Chronicle(config, self.cadence, self.state, journal, *hears, **counts, say=self._say)
         self.archive = Archive(
             folder,
             self._stamp,
@@ -179,7 +170,8 @@ class Session:
             with Path(self.config.data.dataset_name).open("w") as file:
                 file.writelines(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows)
         self.journal.begin(self.config.flat(), **self.about)
-        for line in (self.loaded.summary(), *self.loaded.warnings):
+        held_out = [self.evaluator.summary(self.prompts)] if self.evaluator else []
+        for line in (self.loaded.summary(), *self.loaded.warnings, *held_out):
             self.bars.say(line, "dim")
 
     def restore(self) -> None:
@@ -199,6 +191,7 @@ class Session:
         outcome, folder = None, self.journal.folder
         try:
             self.probe.prepare(self.prompts)
+            self.chronicle.begin()
             with asked_to_stop() as asked, self._bar() as self.tick:
                 while outcome is None:
                     outcome = self._play(asked)
@@ -239,6 +232,8 @@ class Session:
                 metrics, news = self.chronicle.update(event, time.perf_counter() - began)
                 margin = f"  margin {metrics['rewards/margins']:.3f}" if "rewards/margins" in metrics else ""
                 self.tick(1, f"loss {metrics['loss']:.4f}{margin}")
+                if not event.last:  # else the server that wrote for an evaluation writes the next round as well
+                    self.writers.release()
                 began = time.perf_counter()
                 if self.world.any(asked.get("stop", False)):
                     self._save()
@@ -271,6 +266,7 @@ class Session:
         """Back to the last checkpoint, at half the learning rate."""
         rollbacks, scale = self.state.counters.rollbacks + 1, self.state.counters.rate_scale / 2
         before = self.state.counters.step
+        self.writers.release()
         self.restore()
         now = self.state.counters
         now.rollbacks, now.rate_scale = rollbacks, scale

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from sparring.actors.launch import serving
 from sparring.actors.local import LocalWriter
@@ -36,7 +36,7 @@ from sparring.judges.bench import Bench
 from sparring.judges.make import make_judge
 from sparring.keys import key
 from sparring.methods.base import Context, NoJudge, Sampling, Writer
-from sparring.methods.rounds import Kind, cannot_rank, rank, written
+from sparring.methods.rounds import Kind, cannot_rank, rank, settings, written
 from sparring.model import policy
 from sparring.model.start import computed_in
 from sparring.pairing import Paired, best_of
@@ -151,13 +151,9 @@ def rank_responses(config: Config, bars: Bars) -> Path:
     judge = make_judge(config, policy.pick_device(config.model.device), tick=bars.moved, say=bars.say)
     if isinstance(judge, NoJudge):
         raise ValueError("no judge: add --judge (verifier, reward_model, pairrm, llm, human)")
-    if reason := cannot_rank(keys.ranking, judge):
+    told = keys.comparisons_per_response, keys.swiss_turns
+    if reason := cannot_rank(keys.ranking, judge, *told):
         raise ValueError(reason)
-    settings: dict[str, Any] = {}
-    if keys.ranking == "round_robin":
-        settings = {"comparisons": keys.comparisons_per_response}
-    elif keys.ranking == "swiss":
-        settings = {"turns": keys.swiss_turns}
     context = Context({}, Seeds(keys.seed), 0, judge)
     with bars.stage("rank", None, unit="answers"):
         for number, file in enumerate(files):
@@ -165,7 +161,7 @@ def rank_responses(config: Config, bars: Bars) -> Path:
                 continue
             rows = read(file, NEEDS)
             groups = groups_of(rows)
-            judged = rank(groups, context, keys.ranking, settings)
+            judged = rank(groups, context, keys.ranking, settings(keys.ranking, *told))
             judgments = folder / "judgments"
             judgments.mkdir(exist_ok=True)
             write(shard(judgments, number), map(to_row, judged.judgments))
@@ -207,8 +203,11 @@ def pairs_of(config: Config, bars: Bars) -> Path:
         kept = [pair for pair in paired.pairs if pair not in near]
         contents = {group.prompt.id: group.prompt for group in groups}
         count += len(kept)
-        write(shard(folder, number), (pair_row(pair, contents[pair.prompt_id]) for pair in kept))
+        if kept:
+            write(shard(folder, number), (pair_row(pair, contents[pair.prompt_id]) for pair in kept))
     reasons = "".join(f", {n} {reason}" for reason, n in (+dropped).items())
+    if not count:
+        raise ValueError(f"there is no pair to write; dropped: {reasons[2:]}")
     bars.say(f"{count} pairs; dropped: {reasons[2:] or 'none'}")
     return folder
 

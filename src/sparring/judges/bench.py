@@ -15,6 +15,7 @@ from sparring.judges.base import Answers, Pairwise, Scoring
 from sparring.judges.cache import Cache, key_of
 from sparring.methods.base import Comparison, Verdict
 from sparring.model.parallel import ALONE, World
+from sparring.ranking import bradley_terry
 from sparring.records import Prompt, Response
 from sparring.seeds import Seeds
 
@@ -72,7 +73,7 @@ class Bench:
         if not self.scores:
             raise ValueError(f"{self.name} compares two responses and scores none: choose another ranking than score")
         rows = {id(prompt): repr(sorted(prompt.row.items())) for prompt, _ in asked}  # a verifier reads the row
-        texts = [(p.question or p.text, rows[id(p)], r.text, str(r.finished)) for p, r in asked]
+        texts = [(p.asked, rows[id(p)], r.text, str(r.finished)) for p, r in asked]
         sizes = [len(prompt.token_ids) + len(response.token_ids) for prompt, response in asked]
         return self._answers(lambda places: judge.score([asked[i] for i in places]), texts, sizes)
 
@@ -93,7 +94,7 @@ class Bench:
         scores = self.score(sides)
         verdicts = []
         for s, t in zip(scores[::2], scores[1::2], strict=True):
-            verdicts.append(Verdict(None if s is None or t is None else _sigmoid(self.scale * (s - t))))
+            verdicts.append(Verdict(None if s is None or t is None else bradley_terry(self.scale * (s - t))))
         return verdicts
 
     def _by_pairs(self, asked: Sequence[Comparison]) -> list[Verdict]:
@@ -135,9 +136,8 @@ class Bench:
         together = self.judge.everywhere and self.world.size > 1  # a sharded model's weights are gathered by all
         fresh: dict[str, float | None] = {}
         # Each is on the disk at once: an interrupted round has paid for what it has.
-        with contextlib.closing(
-            ask(mine) if mine or together else _nothing()
-        ) as answers:  # what goes wrong here stops the judge
+        asking = ask(mine) if mine or together else _nothing()
+        with contextlib.closing(asking) as answers:  # what goes wrong here stops the judge
             for place, answer in answers:
                 if answer is not None and not math.isfinite(answer):  # weights that overflow, say
                     self.spent["failures"] += 1
@@ -185,8 +185,4 @@ def _agreed(p: float | None, q: float | None) -> Verdict:
 
 
 def _texts(each: Comparison) -> tuple[str, ...]:
-    return each.prompt.question or each.prompt.text, each.a.text, each.b.text
-
-
-def _sigmoid(margin: float) -> float:
-    return 1 / (1 + math.exp(-margin)) if margin >= 0 else math.exp(margin) / (1 + math.exp(margin))
+    return each.prompt.asked, each.a.text, each.b.text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import sqlite3
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -65,12 +64,6 @@ class Cache:
     def close(self) -> None:
         """Let the file go."""
         self._store.close()
-
-
-def folder() -> Path:
-    """Where judges' answers are kept: ``$SPARRING_CACHE/judgments``, by default under ``~/.cache/sparring``."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("SPARRING_CACHE") or Path(cache) / "sparring") / "judgments"
 
 
 def key_of(identity: str, texts: Sequence[str]) -> str:

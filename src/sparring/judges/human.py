@@ -112,7 +112,7 @@ class HumanJudge:
     def compare(self, asked: Sequence[Comparison]) -> Answers:
         """The probability that ``a`` beats ``b``: 1, 0, 0.5 for a tie, None where nobody said."""
         for place, one in enumerate(asked):
-            label = self.labels.look(one.prompt.question or one.prompt.text, one.a.text, one.b.text)
+            label = self.labels.look(one.prompt.asked, one.a.text, one.b.text)
             self.tally["calls"] += 1
             if label is None:
                 self.tally["failures"] += 1

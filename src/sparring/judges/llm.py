@@ -152,7 +152,7 @@ class LLMJudge:
     ) -> tuple[float | None, Failure | None]:
         if self._purse.empty:
             return None, BUDGET
-        question = self._instruction.render(each.prompt.question or each.prompt.text, each.a.text, each.b.text)
+        question = self._instruction.render(each.prompt.asked, each.a.text, each.b.text)
         found = await endpoint.ask(question, cost)
         return (None, found) if isinstance(found, Failure) else self._read(found)
 

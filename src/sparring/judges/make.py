@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
+from sparring import folders
 from sparring.config import Config
 from sparring.judges.base import Pairwise, Scoring
 from sparring.judges.bench import Bench
-from sparring.judges.cache import Cache, folder
-from sparring.methods.base import Comparison, Judge, NoJudge
+from sparring.judges.cache import Cache
+from sparring.methods.base import Comparison, Judge, Method, NoJudge
 from sparring.model.parallel import ALONE, World
 from sparring.seeds import Seeds
 
@@ -20,6 +21,7 @@ def make_judge(
     config: Config,
     device: torch.device,
     *,
+    given: Pairwise | Scoring | None = None,
     policy: Callable[[], Pairwise] | None = None,
     world: World = ALONE,
     tick: Callable[[int], None] = lambda done: None,
@@ -28,8 +30,8 @@ def make_judge(
 ) -> Judge:
     """The bench with the judge of ``config``; nobody where none is named.
 
-    ``policy`` makes the judge that the policy itself is; ``spent`` is what earlier judging cost, which counts against a
-    budget. Raises ValueError for a judge without what it needs.
+    ``given`` is a judge of the caller's own, instead of one that is named; ``policy`` makes the judge that the policy itself is;
+    ``spent`` is what earlier judging cost, which counts against a budget. Raises ValueError for a judge without what it needs.
     """
     keys = config.judging
     override = None
@@ -39,24 +41,48 @@ def make_judge(
         said = labels(keys.human_labels)
 
         def override(each: Comparison) -> float | None:
-            return said.of(each.prompt.question or each.prompt.text, each.a.text, each.b.text)
+            return said.of(each.prompt.asked, each.a.text, each.b.text)
 
-    if keys.judge is None:
+    if keys.judge is None and given is None:
         if override is not None:
             raise ValueError("human_labels overrule a judge, and there is none: add --judge human, or another")
         return NoJudge()
-    judge = _made(config, device, policy, say, spent or {})
+    judge = _made(config, device, policy, say, spent or {}) if given is None else own(given)
     return Bench(
         judge,
         orders=keys.judge_orders,
         scale=keys.judge_scale,
         seeds=Seeds(config.run.seed),
-        cache=Cache(folder() / "answers.sqlite") if keys.judge_cache and world.main else None,
+        cache=Cache(folders.cache("judgments") / "answers.sqlite") if keys.judge_cache and world.main else None,
         override=override,
         world=world,
         device=device,
         tick=tick,
     )
+
+
+def own(given: Any) -> Pairwise | Scoring:
+    """A judge of the caller's own; TypeError where it is no judge."""
+    kind = ("score",) if hasattr(given, "score") else ("compare", "symmetric")
+    lacks = [name for name in ("name", "identity", "everywhere", "tally", *kind) if not hasattr(given, name)]
+    if lacks:
+        raise TypeError(
+            f"judge is {given!r:.60}, which has no {', '.join(lacks)}: give one as sparring.judges.base has them, or a name"
+        )
+    judge: Pairwise | Scoring = given
+    return judge
+
+
+def fitting(method: Method, judge: Judge) -> Judge:
+    """``judge``, where ``method`` can be played with it; ValueError where not."""
+    if isinstance(judge, NoJudge):
+        if method.judged:
+            raise ValueError(
+                f"{method.name} needs a judge: add --judge (verifier, reward_model, pairrm, llm, policy, human)"
+            )
+    elif reason := method.refuses(judge):
+        raise ValueError(reason)
+    return judge
 
 
 def _made(

@@ -20,6 +20,7 @@ from sparring.judges.base import Answers
 from sparring.judges.batches import batches, identity, load_judge, padded, special_marks
 from sparring.methods.base import Comparison
 from sparring.model import policy
+from sparring.ranking import bradley_terry
 
 SOURCE, FIRST, SECOND = "<|source|>", "<|candidate1|>", "<|candidate2|>"
 MARKS = {"source_prefix_id": SOURCE, "cand1_prefix_id": FIRST, "cand2_prefix_id": SECOND}  # in the configuration
@@ -116,11 +117,11 @@ class PairRM:
             return None
         self.tally["orders_asked"] += 1
         self.tally["orders_agreed"] += ab * ba < 0
-        return 1 / (1 + math.exp(min(700.0, (ba - ab) / 2)))
+        return bradley_terry((ab - ba) / 2)
 
     def _rows(self, one: Comparison) -> tuple[list[int], list[int]]:
         """The model's input for a against b, and for b against a."""
-        texts = [SOURCE + self._plain(one.prompt.question or one.prompt.text)]
+        texts = [SOURCE + self._plain(one.prompt.asked)]
         texts += [FIRST + self._plain(response.text) for response in (one.a, one.b)]
         source, *answers = self.tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
         source, cut = self._cut(source, self.source_max_length)

@@ -99,7 +99,7 @@ class PolicyJudge:
     def _some(self, asked: Sequence[Comparison]) -> list[float | None]:
         answers: list[float | None] = [None] * len(asked)
         prompts: dict[int, Tokens] = {}
-        texts = [(each.prompt.question or each.prompt.text, each.a.text, each.b.text) for each in asked]
+        texts = [(each.prompt.asked, each.a.text, each.b.text) for each in asked]
         rendered = [self._instruction.render(*text) for text in texts]
         for place, prompt in enumerate(self._chat.prompts(rendered)):
             if isinstance(prompt, BadRow):

@@ -123,7 +123,7 @@ class RewardModel:
                 return f"a conversation that the reward model's chat template refuses ({problem})"
             encoded = self.tokenizer(text, add_special_tokens=False, verbose=False)  # the template prints its own BOS
         else:
-            plain = prompt.question or prompt.text
+            plain = prompt.asked
             paired = self.tokenizer.sep_token is not None and self.tokenizer.cls_token is not None
             both = (plain, response.text) if paired else (plain + response.text,)
             encoded = self.tokenizer(*both, verbose=False)
@@ -148,7 +148,7 @@ def conversation(prompt: Prompt) -> list[Message]:
             for turns in _prefixes(value):
                 if turns and prompt.question and question(turns) == prompt.question:
                     return [{"role": turn["role"], "content": turn.get("content") or ""} for turn in turns]
-    return [{"role": "user", "content": prompt.question or prompt.text}]
+    return [{"role": "user", "content": prompt.asked}]
 
 
 def _prefixes(turns: list[Message]) -> Iterator[list[Message]]:

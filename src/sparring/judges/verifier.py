@@ -67,7 +67,7 @@ def load_verifier(where: str) -> Verifier:
 
 def arguments(prompt: Prompt, text: str, finished: bool) -> tuple[str, str, dict[str, Any]]:
     """What a verifier is called with: what is asked, as a person reads it; the response's text; the row and ``finished``."""
-    return prompt.question or prompt.text, text, {**prompt.row, "finished": finished}
+    return prompt.asked, text, {**prompt.row, "finished": finished}
 
 
 class VerifierJudge:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from sparring.pairing import Judged, Paired
-from sparring.records import Group, Prompt, Response, Tokens
+from sparring.records import Group, Judgment, Prompt, Response, Tokens
 from sparring.seeds import Seeds
 
 if TYPE_CHECKING:
@@ -74,6 +74,10 @@ class Verdict:
     probability: float | None  # that a beats b; None: it could not be judged
     agree: bool | None = None  # whether both orders of showing the two said the same; None: one was asked
     by: str | None = None  # who judged instead: people overrule a judge
+
+    def judgment(self, prompt_id: int, a: int, b: int, judge: str) -> Judgment:
+        """As a round's records have it: of responses ``a`` and ``b`` of a prompt's group."""
+        return Judgment(prompt_id, a, b, self.probability, self.by or judge, self.agree)
 
 
 class Judge(Protocol):
@@ -209,6 +213,10 @@ class Method(ABC):
     def refuses(self, judge: Judge) -> str | None:
         """Why a judge cannot do what the method asks of one; None: it can."""
         return None
+
+    def anchored(self, whole: Callable[[str], str]) -> Method:
+        """The method with local folders' full names, as ``whole`` gives them."""
+        return self
 
     def in_round(self, number: int) -> Method:
         """The method as it stands in a round, where its settings change from one to the next."""

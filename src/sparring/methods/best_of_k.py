@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from sparring import losses
 from sparring.keys import key
-from sparring.methods.base import Context, LogProbs
+from sparring.methods.base import Context, Judge, LogProbs
 from sparring.methods.rounds import Judging
 from sparring.pairing import Judged, Paired, imitated
 from sparring.records import Group
@@ -39,6 +39,12 @@ class BestOfK(Judging):
     def game(self) -> dict[str, Any]:
         """Nobody asks for the last one, so winner_stays stops at the best."""
         return {"last": False} if self.ranking == "winner_stays" else super().game()
+
+    def refuses(self, judge: Judge) -> str | None:
+        """Besides: a least score is of ranking score."""
+        if self.least_score is not None and self.ranking != "score":
+            return f"least_score is read by ranking score, and ranking is {self.ranking}: add --ranking score"
+        return super().refuses(judge)
 
     def pair(self, groups: Sequence[Group], judged: Judged, context: Context) -> Paired:
         """Each group's best response, without a rejected side."""

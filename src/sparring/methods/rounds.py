@@ -126,8 +126,8 @@ class Judging(Rounds):
         return rank(groups, context, self.ranking, self.game())
 
     def refuses(self, judge: Judge) -> str | None:
-        """A ranking by scores needs a judge that scores."""
-        return cannot_rank(self.ranking, judge)
+        """A ranking by scores needs a judge that scores; a setting needs the ranking that reads it."""
+        return cannot_rank(self.ranking, judge, self.comparisons_per_response, self.swiss_turns)
 
     def round_metrics(self, groups: Sequence[Group], judged: Judged) -> dict[str, float]:
         """What was asked of the judge: comparisons (or scores), ties, failures, agreement of the orders where both were asked."""
@@ -135,9 +135,7 @@ class Judging(Rounds):
 
     def game(self) -> dict[str, Any]:
         """What the ranking is told besides the number of responses and its draw."""
-        if self.ranking == "round_robin":
-            return {"comparisons": self.comparisons_per_response}
-        return {"turns": self.swiss_turns} if self.ranking == "swiss" else {}
+        return settings(self.ranking, self.comparisons_per_response, self.swiss_turns)
 
 
 def written(
@@ -163,7 +161,14 @@ def written(
     return made
 
 
-def rank(groups: Sequence[Group], context: Context, kind: Kind, settings: dict[str, Any]) -> Judged:
+def settings(kind: Kind, comparisons: int | None, turns: int | None) -> dict[str, Any]:
+    """What a ranking is told besides the number of responses and its draw."""
+    if kind == "round_robin":
+        return {"comparisons": comparisons}
+    return {"turns": turns} if kind == "swiss" else {}
+
+
+def rank(groups: Sequence[Group], context: Context, kind: Kind, told: dict[str, Any]) -> Judged:
     """Have the judge rank each group's responses; equal responses are compared as any other.
 
     All groups' comparisons of a turn are judged together.
@@ -174,7 +179,7 @@ def rank(groups: Sequence[Group], context: Context, kind: Kind, settings: dict[s
     games: list[ranking.Game] = []
     for group in groups:
         draw = draw_for(context, "rank", group)
-        games.append(how(len(group.responses), draw, **settings))
+        games.append(how(len(group.responses), draw, **told))
     made: list[list[Judgment]] = [[] for _ in groups]
 
     def ask(asked: list[tuple[int, int, int]]) -> list[float | None]:
@@ -183,8 +188,7 @@ def rank(groups: Sequence[Group], context: Context, kind: Kind, settings: dict[s
         ]
         verdicts = context.judge.compare(comparisons)
         for (g, a, b), verdict in zip(asked, verdicts, strict=True):
-            about = groups[g].prompt.id, a, b, verdict.probability, verdict.by or context.judge.name, verdict.agree
-            made[g].append(Judgment(*about))
+            made[g].append(verdict.judgment(groups[g].prompt.id, a, b, context.judge.name))
         return [verdict.probability for verdict in verdicts]
 
     found = ranking.play(games, ask)
@@ -196,8 +200,12 @@ def rank(groups: Sequence[Group], context: Context, kind: Kind, settings: dict[s
     return Judged([judgment for group in made for judgment in group], standings)
 
 
-def cannot_rank(kind: Kind, judge: Judge) -> str | None:
-    """Why ``judge`` cannot rank by scores, where that is asked for."""
+def cannot_rank(kind: Kind, judge: Judge, comparisons: int | None, turns: int | None) -> str | None:
+    """Why ``judge`` cannot rank in this way, or a setting would say nothing."""
+    read_by = (("comparisons_per_response", comparisons, "round_robin"), ("swiss_turns", turns, "swiss"))
+    for name, value, reader in read_by:
+        if value is not None and kind != reader:
+            return f"{name} is {value}, which is read by ranking {reader}, and ranking is {kind}: leave it out"
     if kind != "score" or judge.scores:
         return None
     return f"ranking is score, and {judge.name} compares two responses and scores none: choose another ranking"
@@ -218,11 +226,11 @@ def by_score(groups: Sequence[Group], context: Context) -> Judged:
         for i, s in enumerate(mine):
             rate = None
             if s is not None and len(known) > 1:
-                rate = sum(chance(context.judge.scale * (s - other)) for _, other in known) / len(known)
+                rate = sum(ranking.bradley_terry(context.judge.scale * (s - other)) for _, other in known) / len(known)
             judged.standings.append(Standing(group.prompt.id, i, ranks.get(i), rate, s))
         silent = [(i, s) for i, s in enumerate(mine) if s is None]
         for (a, s), (b, t) in itertools.pairwise([*known, *silent]):
-            p = None if s is None or t is None else chance(context.judge.scale * (s - t))
+            p = None if s is None or t is None else ranking.bradley_terry(context.judge.scale * (s - t))
             judged.judgments.append(Judgment(group.prompt.id, a, b, p, context.judge.name))
     return judged
 
@@ -244,11 +252,6 @@ def judging_metrics(judged: Judged) -> dict[str, float]:
             "judge/failures": failed,
         }
     return metrics | ({"judge/order_agreement": sum(both) / len(both)} if both else {})
-
-
-def chance(margin: float) -> float:
-    """The logistic sigmoid, for any margin."""
-    return 1 / (1 + math.exp(-margin)) if margin >= 0 else math.exp(margin) / (1 + math.exp(margin))
 
 
 def draw_for(context: Context, name: str, group: Group) -> random.Random:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from sparring import bounds
@@ -17,8 +17,9 @@ from sparring.records import Group, Judgment, Prompt, Response, Standing
 if TYPE_CHECKING:
     from torch import Tensor
 
-Verdict = Literal["flip", "drop", "aside", "keep"]
+Correction = Literal["flip", "drop", "aside", "keep"]
 HUMAN = "human"
+MOVING = ("policy", "previous", "start")  # names that are no folder
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,10 @@ class TSO(Contest):
         "Who writes rejected responses: the same names; policy*3 writes three to each prompt",
     )
     pairs_of_prompt: int = key(2, "Pairs of each prompt, drawn from positives against negatives", unit="pairs", least=1)
-    contradicted: Verdict = key(
+    contradicted: Correction = key(
         "flip", "A pair that the judge surely sees the other way: flip, drop, aside (for people) or keep"
     )
-    unsure: Verdict = key("drop", "A pair that it sees the other way within sure_margin: the same choices")
+    unsure: Correction = key("drop", "A pair that it sees the other way within sure_margin: the same choices")
     sure_margin: float = key(
         0.1, "P(negative beats positive) - 1/2 from which a contradiction is sure", least=0, most=0.5
     )
@@ -64,6 +65,15 @@ class TSO(Contest):
     clip_form: Literal["rewards", "margin", "ratio"] = key(
         "rewards", "What is clipped: the two rewards; their margin; the rewards, the rejected one also from above"
     )
+
+    def anchored(self, whole: Callable[[str], str]) -> TSO:
+        """The method with its models' full names."""
+
+        def entry(text: str) -> str:
+            name, star, count = text.partition("*")
+            return text if name in (HUMAN, *MOVING) else f"{whole(name)}{star}{count}"
+
+        return replace(self, positives=tuple(map(entry, self.positives)), negatives=tuple(map(entry, self.negatives)))
 
     def writers(self) -> tuple[str, ...]:
         """The matrix's models."""
@@ -108,16 +118,11 @@ class TSO(Contest):
     def judge(self, groups: Sequence[Group], context: Context) -> Judged:
         """The drawn pairs, positive first: as the judge sees them, or at 1 where nobody judges."""
         asked = [(group, a, b) for group in groups for a, b in self.drawn(group, context)]
-        comparisons = [Comparison(group.prompt, group.responses[a], group.responses[b]) for group, a, b in asked]
         if isinstance(context.judge, NoJudge):
             return Judged([Judgment(group.prompt.id, a, b, 1.0, "stance") for group, a, b in asked])
-        verdicts = context.judge.compare(comparisons)
-        return Judged(
-            [
-                Judgment(group.prompt.id, a, b, v.probability, v.by or context.judge.name, v.agree)
-                for (group, a, b), v in zip(asked, verdicts, strict=True)
-            ]
-        )
+        verdicts = context.judge.compare([Comparison(g.prompt, g.responses[a], g.responses[b]) for g, a, b in asked])
+        found = zip(asked, verdicts, strict=True)
+        return Judged([v.judgment(group.prompt.id, a, b, context.judge.name) for (group, a, b), v in found])
 
     def drawn(self, group: Group, context: Context) -> list[tuple[int, int]]:
         """Places of positives against negatives, each pair of places once at most."""
@@ -159,7 +164,7 @@ class TSO(Contest):
             paired.counted["correction/agreed"] += p > 0.5
             if people:
                 paired.counted["correction/by_people"] += 1
-        what: Verdict = "keep"
+        what: Correction = "keep"
         if p is None:
             paired.counted["correction/not_judged"] += 1
         elif p <= 0.5:

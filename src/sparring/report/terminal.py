@@ -124,7 +124,25 @@ def status_view(folder: Path) -> RenderableType:
         values = [line[name] for line in updates[-20:] if name in line]
         if values:
             figures.add_row(name, f"{values[-1]:.4g}", f"{sum(values) / len(values):.4g}")
-    return Group(Text(str(folder), "bold"), table, Padding(figures, (1, 0, 0, 0)))
+    evaluated = [line for line in lines if "eval/length" in line]
+    parts = [Padding(figures, (1, 0, 0, 0)), *([Padding(_evaluations(evaluated), (1, 0, 0, 0))] if evaluated else [])]
+    return Group(Text(str(folder), "bold"), table, *parts)
+
+
+def _evaluations(lines: Sequence[dict[str, Any]]) -> Table:
+    """What each evaluation in the run found, sampled and greedy."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style=FAINT)
+    for name in ("held out", "beats the start", "greedy", "score", "greedy", "nats per token"):
+        table.add_column(name, justify="left" if name == "held out" else "right")
+    for line in lines:
+        cells = [f"update {line['step']}"]
+        for ending in ("", "_greedy"):
+            names = [f"eval/win_rate{part}{ending}" for part in ("", "_low", "_high")]
+            wins = [line[name] for name in names if name in line]
+            cells.append("{:.1%} [{:.1%}, {:.1%}]".format(*wins) if wins else "")
+        figures = (line.get(f"eval/{name}") for name in ("score", "score_greedy", "nll"))
+        table.add_row(*cells, *("" if figure is None else f"{figure:.4g}" for figure in figures))
+    return table
 
 
 def help_view(kind: type, parts: Sequence[str] = tuple(PARTS)) -> RenderableType:
