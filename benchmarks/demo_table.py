@@ -15,11 +15,12 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two contenders side by side, a thread each
@@ -54,11 +55,11 @@ FORMS = (
 
 
 Rows = list[dict[str, str]]
+Plant = Callable[[Rows, int], Rows] | None
+Also = Callable[[Path, play.Outcome], dict[str, float]] | None  # more figures of a run: its folder, its outcome
 
 
-def start(
-    folder: Path, seed: int, changes: dict[str, Any], planted: Callable[[Rows, int], Rows] | None
-) -> dict[str, Any]:
+def start(folder: Path, seed: int, changes: dict[str, Any], planted: Plant, also: Also) -> dict[str, Any]:
     """Make a seed's data and its starting model, of demonstrations that ``planted`` changed; the start's figures on its split."""
     if not (folder / "data").is_dir():
         files = play.make_data(folder / "making", seed)
@@ -70,10 +71,10 @@ def start(
         init_model(init, (row[key] for row in made for key in ("prompt", "completion")))
         (folder / "making").rename(folder / "data")
     contender = Contender(play.START, "demo_sft", "demonstrations", changes)
-    return run(contender, folder, folder / "init", seed, "validation" if seed == TUNING_SEED else "test")
+    return run(contender, folder, folder / "init", seed, "validation" if seed == TUNING_SEED else "test", also)
 
 
-def run(contender: Contender, folder: Path, origin: Path, seed: int, split: str) -> dict[str, Any]:
+def run(contender: Contender, folder: Path, origin: Path, seed: int, split: str, also: Also) -> dict[str, Any]:
     """Train and score one contender; its figures, which are kept beside it."""
     run_folder = folder / play.folder_name(contender.name)
     kept = run_folder / "figures.json"
@@ -87,7 +88,7 @@ def run(contender: Contender, folder: Path, origin: Path, seed: int, split: str)
         f"  seed {seed:3}  {contender.name:45} {100 * outcome.passed(False).mean():5.1f}  {outcome.seconds:4.0f} s",
         flush=True,
     )
-    figures = play.figures_of(outcome) | told(run_folder)
+    figures = play.figures_of(outcome) | told(run_folder) | (also(run_folder, outcome) if also else {})
     models = sorted((run_folder / "models").glob("round-*"))
     if len(models) > 1:  # the last is the result
         test = [play.held_out(model, files[split], Bars(quiet=True)) for model in models[:-1]]
@@ -115,32 +116,35 @@ def tuned(
     given: argparse.Namespace,
     few: dict[str, Any],
     *,
-    rates: Sequence[float] = RATES,
-    planted: Callable[[Rows, int], Rows] | None = None,
+    rates: Callable[[Contender], Sequence[float]] = lambda contender: RATES,
+    planted: Plant = None,
+    also: Also = None,
 ) -> tuple[dict[str, float], dict[str, list[dict[str, Any]]]]:
     """Each contender's rate, chosen on the tuning seed's validation prompts, and its figures on every seed's test prompts."""
     seeds = given.seeds
+    tuning: dict[tuple[str, float], Any] = {}
+    to_tune = [contender for contender in contenders if len(rates(contender)) > 1]
     with tempfile.TemporaryDirectory() as scratch, ProcessPoolExecutor(given.workers) as pool:
-        folders = {seed: (given.folder or Path(scratch)) / str(seed) for seed in (TUNING_SEED, *seeds)}
-        starts = {seed: pool.submit(start, folder, seed, few, planted) for seed, folder in folders.items()}
-        tuning = {}
-        starts[TUNING_SEED].result()
-        origin = folders[TUNING_SEED] / play.START / "model"
-        for contender in contenders:
-            for rate in rates:
+        folders = {s: (given.folder or Path(scratch)) / str(s) for s in (*([TUNING_SEED] if to_tune else []), *seeds)}
+        starts = {seed: pool.submit(start, folder, seed, few, planted, also) for seed, folder in folders.items()}
+        if to_tune:
+            starts[TUNING_SEED].result()
+        for contender in to_tune:
+            origin = folders[TUNING_SEED] / play.START / "model"
+            for rate in rates(contender):
                 tried = replace(
                     contender, name=f"{contender.name} {rate:g}", changes={**contender.changes, "learning_rate": rate}
                 )
-                job = pool.submit(run, tried, folders[TUNING_SEED], origin, TUNING_SEED, "validation")
+                job = pool.submit(run, tried, folders[TUNING_SEED], origin, TUNING_SEED, "validation", also)
                 tuning[contender.name, rate] = job
-        chosen = {
-            c.name: max(rates, key=lambda rate: tuning[c.name, rate].result()["pass_sampled"]) for c in contenders
+        chosen = {c.name: rates(c)[0] for c in contenders} | {
+            c.name: max(rates(c), key=lambda rate: tuning[c.name, rate].result()["pass_sampled"]) for c in to_tune
         }
         rows: dict[str, list[Any]] = {play.START: [starts[seed] for seed in seeds]}
         for contender in contenders:
             best = replace(contender, changes={**contender.changes, "learning_rate": chosen[contender.name]})
             rows[contender.name] = [
-                pool.submit(run, best, folders[seed], folders[seed] / play.START / "model", seed, "test")
+                pool.submit(run, best, folders[seed], folders[seed] / play.START / "model", seed, "test", also)
                 for seed in seeds
                 if starts[seed].result()
             ]
@@ -163,9 +167,17 @@ def arguments(about: str) -> argparse.Namespace:
 
 
 def written(
-    name: str, title: str, given: argparse.Namespace, began: float, chosen: Any, figures: Any, says: str = ""
+    name: str,
+    title: str,
+    given: argparse.Namespace,
+    began: float,
+    chosen: Any,
+    figures: Any,
+    *,
+    says: str = "",
+    columns: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Print the table, and write it where it is no quick one; ``says`` is what it is of."""
+    """Print the table, and write it where it is no quick one; ``says`` is what it is of, ``columns`` have more."""
     lines = [
         f"# {title}, {date.today()}",
         "",
@@ -176,8 +188,9 @@ def written(
         "comparisons of the whole run, in thousands. fall: of the chosen responses' log-prob in the last round, nats per token.",
         *(["", says] if says else []),
         "",
-        "| contender | learning rate | sampled, % passed | greedy, % passed | sampled score, % | nats/token | asked | fall | s |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| contender | learning rate | sampled, % passed | greedy, % passed | sampled score, % | nats/token | asked | fall | s |"
+        + "".join(f" {head} |" for head in columns),
+        "|" + "---|" * (9 + len(columns)),
     ]
     for contender, found in figures.items():
         rate = f"{chosen[contender]:g}" if contender in chosen else "recipe"
@@ -186,12 +199,13 @@ def written(
             np.mean([row[key] for row in found]) for key in ("nll", "seconds", "comparisons", "drop")
         )
         more = f"{nll:.3f} | {asked / 1000:.1f} | {drop:+.3f} | {seconds:.0f}"
-        lines.append(f"| {contender} | {rate} | {' | '.join(parts)} | {more} |")
+        others = "".join(f" {cell(found, key)} |" for key in columns.values())
+        lines.append(f"| {contender} | {rate} | {' | '.join(parts)} | {more} |{others}")
         rounds = min((len(row.get("rounds", [])) for row in found), default=0)
         for number in range(rounds):
             each = [row["rounds"][number] for row in found]
             parts = [cell(each, key) for key in ("pass_sampled", "pass_greedy", "score_sampled")]
-            lines.append(f"| ... after round {number + 1} | | {' | '.join(parts)} | | | | |")
+            lines.append(f"| ... after round {number + 1} | | {' | '.join(parts)} | | | | |{' |' * len(columns)}")
     text = "\n".join(lines) + "\n"
     print(text)
     if not given.quick:
@@ -202,7 +216,9 @@ def written(
 
 def cell(rows: list[dict[str, Any]], name: str) -> str:
     """Mean and standard deviation over seeds."""
-    values = [row[name] for row in rows]
+    values = [row[name] for row in rows if name in row]
+    if not values:
+        return ""
     return f"{np.mean(values):.1f} ± {np.std(values, ddof=1) if len(values) > 1 else 0:.1f}"
 
 
