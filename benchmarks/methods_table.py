@@ -2,8 +2,8 @@
 
     python benchmarks/methods_table.py [--seeds 0 1 2] [--folder FOLDER] [--json FILE] [--quick]
 
-Every contender chooses between the same three learning rates on the validation prompts of a seed of its own, and is then trained
-from fresh starts. The judged ones write five responses to each of the same 960 prompts, whose demonstrations they do not see; the
+Every contender chooses between three learning rates on the validation prompts of a seed of its own, and is then trained from
+fresh starts; those that only contrast between lower ones, which the same validation prompts asked for. The judged ones write five responses to each of the same 960 prompts, whose demonstrations they do not see; the
 rows below a contender are the models after its earlier rounds. Controls: what the start saw, for longer; the human responses; and
 the judge's best of five, in one round and in three, with as many updates as the others and with three times as many.
 """
@@ -18,7 +18,6 @@ from demo_table import arguments, tuned, written
 from sparring.demo.play import Contender
 
 PROMPTS = "demonstrations"
-RATES = (2e-4, 5e-4, 1e-3)
 CONTROLS = (
     Contender("SFT continued", "demo_sft_continued", PROMPTS),
     Contender("SFT on human", "demo_sft_human", "human"),
@@ -62,20 +61,30 @@ OTHERS = (
 FEW = {"prompts_per_round": 32, "num_train_epochs": 1.0}
 
 
+def rates(contender: Contender) -> tuple[float, ...]:
+    """Three to choose from: lower ones where sums of log-probs stand against each other and nothing is imitated."""
+    mixed = contender.changes.get("nll_weight") or "sapo" in contender.recipe
+    contrast = contender.recipe in ("demo_ipr", "demo_spin", "demo_tso") and not mixed
+    return (5e-5, 1e-4, 2e-4) if contrast else (2e-4, 5e-4, 1e-3)
+
+
+def quick(contender: Contender) -> tuple[float, ...]:
+    """One, for a short form."""
+    return (5e-4,)
+
+
 def main() -> None:
     """Tune, train, print and write the table."""
     given = arguments(__doc__.split("\n")[0])
     few = {"max_steps": 4} if given.quick else {}
-    rates, learnt = (
-        (RATES[:1], {"max_steps": 150}) if given.quick else (RATES, {})
-    )  # a start that knows nothing gives no pairs
+    learnt = {"max_steps": 150} if given.quick else {}  # a start that knows nothing gives no pairs
     small = few | FEW if given.quick else {}
     contenders = [
         replace(c, changes={**c.changes, **(few if c in CONTROLS[:2] or "sapo" in c.recipe else small)})
         for c in (*CONTROLS, *JUDGED, *OTHERS)
     ]
     began = time.perf_counter()
-    chosen, figures = tuned(contenders, given, learnt, rates=rates)
+    chosen, figures = tuned(contenders, given, learnt, rates=quick if given.quick else rates)
     written("methods_table", "Methods with rounds on the demo's tasks", given, began, chosen, figures)
 
 
