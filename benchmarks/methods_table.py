@@ -3,9 +3,10 @@
     python benchmarks/methods_table.py [--seeds 0 1 2] [--folder FOLDER] [--json FILE] [--quick]
 
 Every contender chooses between three learning rates on the validation prompts of a seed of its own, and is then trained from
-fresh starts; those that only contrast between lower ones, which the same validation prompts asked for. The judged ones write five responses to each of the same 960 prompts, whose demonstrations they do not see; the
-rows below a contender are the models after its earlier rounds. Controls: what the start saw, for longer; the human responses; and
-the judge's best of five, in one round and in three, with as many updates as the others and with three times as many.
+fresh starts; those that only contrast choose between lower ones, which the same validation prompts asked for. The judged ones
+write five responses to each of the same 960 prompts, whose demonstrations they do not see; the rows below a contender are the
+models after its earlier rounds. Controls: what the start saw, for longer; the human responses; and the judge's best of five, in
+one round and in three, with as many updates as the others and with three times as many.
 """
 
 from __future__ import annotations

@@ -145,6 +145,8 @@ def test_make_bench_names_every_script_or_says_why_not() -> None:
         "gpu",
         "lora_memory",
         "methods_table",
+        "noisy_judge",
+        "planted_error",
         "sapo_loop",
         "scaling",
         "step_vs_trl",

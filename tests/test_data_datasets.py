@@ -3,6 +3,7 @@
 import codecs
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -461,3 +462,14 @@ def test_real_rows_load_through_a_column_map(template: str, kind: Any) -> None:
         assert prompt.human is not None
         assert prompt.human == chat.response(prompt.row["question"], prompt.row["answer"])
         assert prompt.human.token_ids[-1] == chat.end_id
+
+
+def test_a_response_that_had_no_end_is_given_none_and_tokens_of_another_tokenizer_are_not_taken() -> None:
+    chat = Chat(toy_tokenizer("chatml"))
+    whole = chat.response("Why?", "Because it is so.")
+    said = {"prompt": "Why?", "completion": "Because it is so."}
+    cut = load(DataConfig(dataset_name="rows"), chat, need="responses", rows=[said | {"completion_finished": False}])
+    assert cut.prompts[0].human == replace(whole, token_ids=whole.token_ids[:-1], finished=False)
+    assert cut.cut == []  # nothing was cut here
+    other = said | {"completion_token_ids": [5, 6, 7], "completion_finished": True}
+    assert load(DataConfig(dataset_name="rows"), chat, need="responses", rows=[other]).prompts[0].human == whole

@@ -302,7 +302,7 @@ def test_it_writes_in_a_notebook_whose_loop_runs_already(chat: Chat) -> None:
         ({}, "give either server_urls or server_command; neither is given"),
         ({"server_urls": "http://a/v1", "server_command": "vllm"}, "both are given"),
         ({"server_urls": "localhost:8000"}, "write a base URL"),
-        ({"server_urls": "http://me:s3cret@a/v1"}, "a password in the URL of a: leave it out"),
+        ({"server_urls": "http://me:s3cret@a/v1"}, "more than the address of a: leave out user, password"),
         ({"server_command": "vllm serve --port {port}"}, r"without \{model\}"),
         ({"server_command": "python serve {model} --port {port}"}, r"open to the network: add --host \{host\}"),
         ({"server_command": "no-such {model} {host} {port}"}, "no program 'no-such'"),

@@ -16,9 +16,10 @@ LAYERS = """
     methods.rounds
     metrics model.dry progress interrupt
     methods actors judges archive learner model.plan checkpoint journal monitor card
-    evaluate.held_out evaluate.agreement probe reference merge writers results
+    evaluate.held_out evaluate.agreement probe reference merge writers
     evaluate loop
-    chronicle
+    results
+    savepoints chronicle
     session
     run stages
     report annotate demo __init__

@@ -9,7 +9,10 @@ import pytest
 from toyrun import toy_folder, write_lines
 
 from sparring.cli import main
+from sparring.config import DataConfig, ModelConfig
+from sparring.data.datasets import load
 from sparring.evaluate.agreement import agreement, comparisons
+from sparring.model.policy import load_chat
 from sparring.progress import Bars
 from sparring.seeds import Seeds
 
@@ -66,6 +69,15 @@ def test_the_three_stages_end_in_pairs_that_dpo_trains_on(inputs: dict[str, str]
     assert made
     assert all(len(row["chosen"].split()) > len(row["rejected"].split()) for row in made)
     assert all(row["chosen_probs_win"] > 0.5 > row["chosen_probs_lose"] for row in made)
+    chat = load_chat(ModelConfig(model_name_or_path=inputs["model"]))
+    read = load(DataConfig(dataset_name=str(pairs), max_length=64, max_prompt_length=32), chat, need="pairs")
+    assert any(not row["chosen_finished"] for row in made)
+    assert len(read.prompts) == len(made)
+    for prompt, row in zip(read.prompts, made, strict=True):
+        for side, name in ((prompt.human, "chosen"), (prompt.rejected, "rejected")):
+            assert side is not None
+            assert list(side.token_ids) == row[f"{name}_token_ids"]  # the very ones that were written
+            assert side.finished == row[f"{name}_finished"]
     out = str(tmp_path / "run")
     words = ("--model_name_or_path", inputs["model"], "--dataset_name", str(pairs), "--output_dir", out, *LIMITS)
     assert main(["sppo_offline", *words, "--max_steps", "1"]) == 0
@@ -83,6 +95,31 @@ def test_a_stage_that_was_stopped_makes_only_what_is_missing_and_the_same(
     after = {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in folder.glob("*.parquet")}
     assert {name: data for name, (data, _) in after.items()} == {name: data for name, (data, _) in before.items()}
     assert [name for name in after if after[name][1] != before[name][1]] == ["00001.parquet"]
+
+
+def test_ranked_files_have_their_responses_names_so_that_one_that_comes_later_is_not_taken_for_another(
+    inputs: dict[str, str], tmp_path: Path
+) -> None:
+    responses, ranked, pairs = (tmp_path / name for name in ("responses", "ranked", "pairs"))
+    assert generate(inputs, responses) == 0
+    late = (responses / "00000.parquet").rename(tmp_path / "late.parquet")
+    assert rank(inputs, responses, ranked) == 0
+    late.rename(responses / "00000.parquet")
+    assert (
+        rank(inputs, responses, ranked, "--judge_concurrency", "2", "--verifier_timeout", "9") == 0
+    )  # not what files depend on
+    assert [row["prompt_id"] for row in rows_of(ranked)] == [n for n in range(5) for _ in range(4)]
+    assert main(["pairs", "--ranked", str(ranked), "--output_dir", str(pairs)]) == 0
+    assert {file.name for file in pairs.glob("*.parquet")} <= {file.name for file in responses.glob("*.parquet")}
+
+
+def test_no_pair_at_all_is_an_error_that_says_why(inputs: dict[str, str], tmp_path: Path, capsys: Any) -> None:
+    responses, ranked = tmp_path / "responses", tmp_path / "ranked"
+    assert generate(inputs, responses) == 0
+    assert rank(inputs, responses, ranked) == 0
+    words = ["pairs", "--ranked", str(ranked), "--output_dir", str(tmp_path / "pairs"), "--least_margin", "0.99"]
+    assert main(words) == 2
+    assert "there is no pair to write; dropped: " in " ".join(capsys.readouterr().err.split())
 
 
 def test_what_cannot_be_is_said(inputs: dict[str, str], tmp_path: Path, capsys: Any) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sparring.data import parquet
+from sparring.interrupt import Interrupted
 from sparring.model.parallel import ALONE, World
 from sparring.pairing import Judged
 from sparring.progress import Bars
@@ -29,14 +30,15 @@ class Archive:
         requests: int = 1,
         shards: int = 1,
         after_judging: Callable[[int], None] = lambda number: None,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
         """In ``folder``; ``stamp`` says what responses and judgments of now depend on.
 
         ``bars`` show the work: ``requests`` responses to each prompt, in so many ``shards``. ``after_judging`` is told the round's
-        number when a shard was judged.
+        number when a shard was judged; Interrupted is raised before a shard is begun where ``stop`` says so.
         """
         self._folder, self._stamp, self._bars, self._world = folder, stamp, bars, world
-        self._requests, self._shards, self._after_judging = requests, shards, after_judging
+        self._requests, self._shards, self._after_judging, self._stop = requests, shards, after_judging, stop
 
     def groups(
         self, number: int, shard: int, prompts: Sequence[Prompt], make: Callable[[], list[Group]]
@@ -48,6 +50,7 @@ class Archive:
             for candidate in parquet.read(file, Candidate):
                 by_id.setdefault(candidate.prompt_id, []).append(candidate)
             return [Group(p, tuple(c.response for c in by_id[p.id])) for p in prompts if p.id in by_id]
+        self._go_on()
         with self._bars.stage(self._named("writes", number, shard), len(prompts) * self._requests, unit="responses"):
             made = make()
         if self._world.main:
@@ -58,8 +61,9 @@ class Archive:
     def judged(self, number: int, shard: int, make: Callable[[], Judged]) -> Judged:
         """The judgments of a round's shard, and where they put each response."""
         standings, judgments = (self._file(number, name, shard) for name in ("standings", "judgments"))
-        if self._is_there(judgments):  # which are written last
+        if self._is_there(judgments) and self._is_there(standings):
             return Judged(list(parquet.read(judgments, Judgment)), list(parquet.read(standings, Standing)))
+        self._go_on()
         with self._bars.stage(self._named("judges", number, shard), None, unit="answers"):
             made = make()
         self._after_judging(number)
@@ -67,6 +71,10 @@ class Archive:
             parquet.write(standings, Standing, made.standings, stamp=self._stamp())
             parquet.write(judgments, Judgment, made.judgments, stamp=self._stamp())
         return made
+
+    def _go_on(self) -> None:
+        if self._stop():  # what is written stays, and is read by the run that goes on
+            raise Interrupted
 
     def _named(self, what: str, number: int, shard: int) -> str:
         return f"round {number + 1} {what}" + (f", part {shard + 1} of {self._shards}" if self._shards > 1 else "")

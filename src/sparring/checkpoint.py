@@ -35,6 +35,7 @@ class Counters:
     updates_in_round: int = 0
     visits: int = 0  # prompts taken from the stream
     rate_scale: float = 1.0  # halved by each rollback
+    learnt_at: float = 1.0  # what it was at the last update
     rollbacks: int = 0
     metrics_bytes: int = 0  # length of metrics.jsonl
     waiting: list[dict[str, Any]] = field(default_factory=list)  # what rounds generated ahead counted
@@ -77,16 +78,19 @@ def save(folder: Path, state: TrainState, *, keep: int, frozen_reference: bool) 
         world.wait()
         if world.main:
             _sync(part)
+            before = folder / f".{final.name}.before"  # whatever moment a kill strikes, one of the two is whole
             if final.exists():
-                shutil.rmtree(final)
+                shutil.rmtree(before, ignore_errors=True)
+                final.rename(before)
             part.rename(final)
             _sync(folder)
+            shutil.rmtree(before, ignore_errors=True)
     except (OSError, SafetensorError) as problem:
         shutil.rmtree(part, ignore_errors=True)
         raise OSError(f"checkpoint {final} could not be written ({problem}); earlier ones are whole") from problem
     if world.main:
         for old in found(folder)[:-keep]:
-            shutil.rmtree(old)
+            shutil.rmtree(old.rename(folder / f".{old.name}.gone"))  # half of one must not look whole
     world.wait()
     return final
 
@@ -109,8 +113,15 @@ def load(path: Path, state: TrainState) -> None:
 
 
 def found(folder: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    return sorted(path for path in folder.glob("[0-9]*") if (path / "state.json").is_file())
+    """The whole checkpoints of a run, oldest first; one that a kill struck while it was replaced is there as it was before."""
+    paths = (*folder.glob(".[0-9]*.before"), *folder.glob("[0-9]*"))
+    whole = {step_of(path): path for path in paths if (path / "state.json").is_file()}
+    return [whole[step] for step in sorted(whole)]
+
+
+def step_of(path: Path) -> int:
+    """How many updates are behind a checkpoint."""
+    return int(path.name.removeprefix(".").removesuffix(".before"))
 
 
 def _write_rest(part: Path, state: TrainState) -> None:

@@ -48,6 +48,7 @@ class Chronicle:
         """Before the first update: what the start is worth on held-out prompts."""
         if self._evaluator and self._state.counters.step == 0:
             metrics = self._evaluator.measure(0)
+            self.judged(0)
             self._log({"step": 0} | metrics, metrics)
 
     def round(self, event: Round) -> list[str]:
@@ -69,6 +70,7 @@ class Chronicle:
             metrics["kl/start"] = self._probe.kl()
         if self._evaluator and self._evaluator.due(event.step, last):
             found = self._evaluator.measure(event.step)
+            self.judged(self._state.counters.round)
             self._say(in_words(found))
             metrics |= found
         self._journal.timing({"step": event.step, "seconds": round(seconds, 6)})

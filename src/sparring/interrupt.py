@@ -8,6 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
+class Interrupted(Exception):
+    """A run that was asked to stop has come to a point where nothing is lost."""
+
+
 @contextmanager
 def asked_to_stop() -> Iterator[dict[str, bool]]:
     """A dict that has ``stop`` once SIGTERM, or a first SIGINT, came; a second SIGINT is KeyboardInterrupt as ever."""

@@ -63,6 +63,11 @@ class Journal:
         if self.writes:
             _append(self.folder / "judging.jsonl", line)
 
+    def serving(self, line: Mapping[str, Any]) -> None:
+        """Append what a server was asked and what differed in what came back; it is never taken back."""
+        if self.writes:
+            _append(self.folder / "serving.jsonl", line)
+
     def spent_on_judging(self) -> dict[str, float]:
         """The sums of all that judging cost so far."""
         sums: dict[str, float] = {}
@@ -105,9 +110,13 @@ class Journal:
 
     def aside(self, number: int, lines: Sequence[Mapping[str, Any]]) -> None:
         """Write pairs for people to judge, a line of JSON each."""
-        if self.writes and lines:
-            text = "".join(json.dumps(dict(line), ensure_ascii=False) + "\n" for line in lines)
-            _replace(self._round(number) / "aside.jsonl", text)
+        if not self.writes:
+            return
+        if not lines:  # what a round that was taken back had set aside goes with it
+            (self._round(number) / "aside.jsonl").unlink(missing_ok=True)
+            return
+        text = "".join(json.dumps(dict(line), ensure_ascii=False) + "\n" for line in lines)
+        _replace(self._round(number) / "aside.jsonl", text)
 
     def _round(self, number: int) -> Path:
         folder = self.folder / "rounds" / f"{number:05d}"
@@ -120,6 +129,14 @@ class Journal:
             return
         line = {"state": state, "step": step, "total_steps": total, "pid": os.getpid(), "message": message}
         _replace(self.folder / "status.json", json.dumps(line))
+
+    def finished(self) -> None:
+        """Mend the status of a run that was killed between its result and its status."""
+        file = self.folder / "status.json"
+        last = json.loads(file.read_text()) if file.exists() else {}
+        if last.get("state") != "finished":
+            step = max((line.get("step", 0) for line in read_lines(self.folder / "metrics.jsonl")), default=0)
+            self.status("finished", step, step)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any, Protocol
 
-from sparring.checkpoint import TrainState
+from sparring.checkpoint import Counters, TrainState
 from sparring.config import TrainingConfig
 from sparring.learner import Learner
 from sparring.methods.base import Cadence, Context, Method
@@ -39,11 +39,12 @@ class Round:
 
 @dataclass(frozen=True)
 class Update:
-    """An optimizer step; ``last`` of its round, where rounds are counted."""
+    """An optimizer step; ``last`` of its round, where rounds are counted; ``share`` of the run done before it and after."""
 
     step: int
     metrics: dict[str, float]
     last: bool = False
+    share: tuple[float, float] = (0.0, 0.0)
 
 
 class Keeper(Protocol):
@@ -136,6 +137,8 @@ def play(
             metrics |= {"buffer/size": float(len(buffer)), "buffer/staleness": sum(staleness) / len(drawn)}
             now.step += 1
             now.updates_in_round += 1
+            now.learnt_at = now.rate_scale
+            share = _share(cadence, now, updates, total_steps)
             if cadence.ema_decay and now.step % cadence.ema_every == 0:
                 roles.step_ema()
             moves = cadence.reference_every and now.step % cadence.reference_every == 0
@@ -145,12 +148,21 @@ def play(
             if last:  # the state is between two rounds, and so is a checkpoint of it
                 now.round += 1
                 now.updates_in_round = 0
-            yield Update(now.step, metrics, last)
+            yield Update(now.step, metrics, last, share)
             if last:
                 break
         else:
             now.round += 1
             now.updates_in_round = 0
+
+
+def _share(cadence: Cadence, now: Counters, updates: int, total_steps: int) -> tuple[float, float]:
+    """How much of the run is done before the update that was just made and after it; counted rounds have an equal share each."""
+    if cadence.rounds is None or updates * cadence.rounds > total_steps:
+        return (now.step - 1) / total_steps, now.step / total_steps
+    whole = cadence.rounds * updates
+    done = now.round * updates + now.updates_in_round
+    return (done - 1) / whole, done / whole
 
 
 def planned(cadence: Cadence, training: TrainingConfig, prompts: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from sparring.card import model_card, save_result
 from sparring.config import Config
 from sparring.data.chat import Chat
 from sparring.journal import Journal, read_lines
+from sparring.loop import Update
 from sparring.model.parallel import World, whole
 from sparring.model.roles import Roles
 
@@ -35,17 +35,21 @@ class Results:
             self._write(self._journal.folder / "model_ema", kept["ema"], "The EMA of the policy")
         self._write(self._journal.model, kept["policy"], "The policy")
 
-    def keep(self, last: bool, number: int, step: int, total: int) -> None:
-        """The policy after update ``step``, where it is to be kept: as the ``last`` of a round, or at a share of the run."""
-        run = self._config.run
-        if last and run.keep_round_models:
+    def keep(self, event: Update, number: int) -> None:
+        """The policy after an update, where it is to be kept: as the last of a round, or at a share of the run."""
+        run, (before, after) = self._config.run, event.share
+        if event.last and run.keep_round_models:
             self.on_the_way(f"round-{number:05d}", f"The policy after round {number}")
-        if step in {math.ceil(share * total) for share in run.keep_models_at or ()}:
-            self.on_the_way(f"step-{step:06d}", f"The policy after update {step}")
+        if any(before < share <= after + 1e-9 for share in run.keep_models_at or ()):
+            self.on_the_way(f"step-{event.step:06d}", f"The policy after update {event.step}")
 
     def of_a_round_ago(self, number: int) -> str | None:
-        """Where the policy lies as the round before ``number`` found it; None: it was the start."""
-        return str(self._journal.folder / "models" / f"round-{number - 1:05d}") if number > 1 else None
+        """Where the policy lies as the round before ``number`` found it; None: it was the start.
+
+        A round without a pair leaves the policy as it was, and no folder.
+        """
+        folders = (self._journal.folder / "models" / f"round-{n:05d}" for n in range(number - 1, 0, -1))
+        return next((str(folder) for folder in folders if folder.is_dir()), None)
 
     def on_the_way(self, name: str, what: str) -> None:
         """The policy of now, in ``models/name``; one that is there already is the same."""

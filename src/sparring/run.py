@@ -73,6 +73,7 @@ def resume(output_dir: str | Path, *, judge: Any = None, quiet: bool = False) ->
     kind = method_called(keys.pop("method"))
     config = resolve(kind, keys, {"output_dir": str(output_dir)})
     if (journal.folder / "model").is_dir():
+        journal.finished()
         return Run(journal.folder, "finished", "it was finished before")
     if "judge_fingerprint" in about and judge is None:
         raise ValueError(f"{journal.folder} was judged by an object of yours: give it again, resume(..., judge=...)")

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from sparring import checkpoint, reference
+from sparring import reference
+from sparring.actors.servers import ServerFailed
 from sparring.archive import Archive
 from sparring.buffer import Buffer
 from sparring.checkpoint import TrainState
@@ -20,11 +21,12 @@ from sparring.chronicle import Chronicle
 from sparring.config import Config
 from sparring.data.datasets import Loaded, digest, load
 from sparring.evaluate.evaluator import Evaluator
-from sparring.interrupt import asked_to_stop
+from sparring.interrupt import Interrupted, asked_to_stop
 from sparring.journal import Journal, Run, tracker
+from sparring.judges.bench import Bench
 from sparring.judges.make import fitting, make_judge
 from sparring.learner import Learner
-from sparring.loop import Round, planned, play
+from sparring.loop import Round, Update, planned, play
 from sparring.methods.base import Context, Judge, Method, NoJudge, reference_goes_first
 from sparring.model import policy
 from sparring.model.dry import asked
@@ -36,10 +38,11 @@ from sparring.probe import Probe
 from sparring.progress import Bars, Tick
 from sparring.records import Prompt
 from sparring.results import Results
+from sparring.savepoints import Savepoints
 from sparring.seeds import Seeds
 from sparring.writers import Writers, check_generation
 
-ROLLBACKS = 3  # after so many a run stops: what halving the learning rate did not mend, it will not
+OTHERS = ["an alarm in another process"]
 
 
 class Session:
@@ -106,6 +109,7 @@ class Session:
         self.monitor = Monitor(config.monitor, self.state.counters.monitor)
         self.seeds = Seeds(config.run.seed)
         self.tick: Tick = lambda count, note="": None
+        self.asked: Mapping[str, bool] = {}
         self.writers = Writers(
             config,
             roles,
@@ -116,6 +120,7 @@ class Session:
             lay_down=lambda where: self.results.lay_down(where),
             folder=journal.folder / "serving",
             say=self._say,
+            note=journal.serving,
             tick=bars.moved,
             world=world,
             device=self.learner.device,
@@ -126,6 +131,17 @@ class Session:
         self.context = Context(self.writers, self.seeds, self.max_length, self.judge)
         rows_used = f"{len(self.prompts)} of {self.loaded.rows} rows used"
         self.results = Results(config, journal, roles, self.chat, world, rows=rows_used, dtype=self.dtype_shipped)
+        self.savepoints = Savepoints(
+            config,
+            self.cadence,
+            self.state,
+            self.learner,
+            self.monitor,
+            journal,
+            self.results,
+            reference_first=first,
+            say=lambda text: bars.say(text, "bold yellow"),
+        )
         for name in self.method.writers():
             self.writers.check(name)
         count = self.cadence.prompts_per_round or len(self.prompts)
@@ -149,6 +165,7 @@ class Session:
             requests=requests,
             shards=shards,
             after_judging=self.chronicle.judged,
+            stop=self._stop_asked,
         )
 
     def __enter__(self) -> Session:
@@ -157,6 +174,8 @@ class Session:
     def __exit__(self, *error: object) -> None:
         self.writers.release()
         self.tracker.finish()
+        if isinstance(self.judge, Bench):
+            self.judge.close()
 
     def begin(self, model: Any, rows: Any) -> None:
         """Write the run directory's configuration, and what was given as objects."""
@@ -175,16 +194,9 @@ class Session:
             self.bars.say(line, "dim")
 
     def restore(self) -> None:
-        """Become the last checkpoint, or the start where there is none, and take back what was written after it."""
-        found = checkpoint.found(self.journal.checkpoints)
-        last = self.world.told(found[-1].name if found else "")
-        if last:
-            checkpoint.load(self.journal.checkpoints / last, self.state)
-        now = self.state.counters
-        self.learner.layout, self.learner.sealed = now.layout, self.reference_first and now.step > 0
-        self.monitor.memory = now.monitor
-        self.journal.rewind(now.metrics_bytes, now.step)
-        self.bars.say(f"goes on from update {now.step} of {self.total_steps}", "dim")
+        """Become the last checkpoint, or the start where there is none."""
+        self.savepoints.restore()
+        self._say(f"goes on from update {self.state.counters.step} of {self.total_steps}")
 
     def run(self) -> Run:
         """Play to the end, an alarm or a signal; save; write the result where the end was reached."""
@@ -192,13 +204,14 @@ class Session:
         try:
             self.probe.prepare(self.prompts)
             self.chronicle.begin()
-            with asked_to_stop() as asked, self._bar() as self.tick:
+            with asked_to_stop() as self.asked, self._bar() as self.tick:
                 while outcome is None:
-                    outcome = self._play(asked)
+                    outcome = self._play()
             if outcome.state == "finished":
                 self.results.finish()
         except OSError as problem:
-            words = f"{problem}. Mend it (is the disk full?), then `sparring resume {folder}` goes on"
+            full = "" if isinstance(problem, ServerFailed | ConnectionError) else " (is the disk full?)"
+            words = f"{problem}. Mend it{full}, then `sparring resume {folder}` goes on"
             self._fail(words)
             raise OSError(words) from problem
         except (ValueError, RuntimeError) as problem:
@@ -213,72 +226,64 @@ class Session:
         self.journal.status(outcome.state, done, total, outcome.message)
         return outcome
 
-    def _play(self, asked: Mapping[str, bool]) -> Run | None:
+    def _play(self) -> Run | None:
         """Consume rounds and updates; None: rolled back, to be played on."""
         folder, now = self.journal.folder, self.state.counters
         self.journal.status("running", now.step, self.total_steps)
         parts = self.method, self.cadence, self.learner, self.context, self.prompts, self.total_steps
         began = time.perf_counter()
-        for event in play(self.state, *parts, self.archive, self.config.generation.shard_prompts):
-            if isinstance(event, Round):
-                self.writers.release()
-                if self.reference_first:
-                    self.learner.sealed = False
-                    start = self.about["start_fingerprint"] if now.step == 0 else None
-                    reference.compute(self.learner, self.state.buffer.pairs, start, self.bars)
-                    self.learner.sealed = True
-                news = self.chronicle.round(event)
-            else:
-                metrics, news = self.chronicle.update(event, time.perf_counter() - began)
-                margin = f"  margin {metrics['rewards/margins']:.3f}" if "rewards/margins" in metrics else ""
-                self.tick(1, f"loss {metrics['loss']:.4f}{margin}")
-                if not event.last:  # else the server that wrote for an evaluation writes the next round as well
+        try:
+            for event in play(self.state, *parts, self.archive, self.config.generation.shard_prompts):
+                if isinstance(event, Round):
+                    self._reference_of_round()
+                    news = self.chronicle.round(event)
+                else:
+                    metrics, news = self.chronicle.update(event, time.perf_counter() - began)
+                    margin = f"  margin {metrics['rewards/margins']:.3f}" if "rewards/margins" in metrics else ""
+                    self.tick(1, f"loss {metrics['loss']:.4f}{margin}")
+                    if not event.last:  # else the server that wrote for an evaluation writes the next round as well
+                        self.writers.release()
+                    began = time.perf_counter()
+                for text in news:
+                    self.bars.say(f"alarm at update {now.step}: {text}", "bold yellow")
+                alarmed = self.world.any(bool(news)) and self.config.monitor.on_alarm != "warn"
+                if alarmed and self.savepoints.can_go_back():
                     self.writers.release()
-                began = time.perf_counter()
-                if self.world.any(asked.get("stop", False)):
-                    self._save()
-                    return Run(
-                        folder, "interrupted", f"stopped by a signal after update {now.step}: sparring resume {folder}"
-                    )
-                self.results.keep(event.last, now.round, now.step, self.total_steps)
-                if (now.step % self.config.run.save_steps == 0 or event.last) and now.step < self.total_steps:
-                    self._save()
-            for text in news:
-                self.bars.say(f"alarm at update {now.step}: {text}", "bold yellow")
-            if self.world.any(bool(news)) and self.config.monitor.on_alarm != "warn":
-                news = news or ["an alarm in another process"]
-                can = now.rollbacks < ROLLBACKS and self.world.any(bool(checkpoint.found(self.journal.checkpoints)))
-                if self.config.monitor.on_alarm == "rollback" and can:
-                    self._roll_back(news)
+                    self.tick(-self.savepoints.roll_back(news or OTHERS))
                     return None
-                self._save()
-                return Run(folder, "stopped", f"{news[0]}; sparring resume {folder} goes on all the same")
+                stop = self._stop_asked()
+                if isinstance(event, Update):
+                    self.results.keep(event, now.round)
+                    due = (now.step % self.config.run.save_steps == 0 or event.last) and now.step < self.total_steps
+                    if due or stop:
+                        self.savepoints.save()
+                    if stop:
+                        raise Interrupted
+                if alarmed:
+                    self.savepoints.save()
+                    words = f"{(news or OTHERS)[0]}; sparring resume {folder} goes on all the same"
+                    return Run(folder, "stopped", words)
+        except Interrupted:
+            return Run(folder, "interrupted", f"stopped by a signal after update {now.step}: sparring resume {folder}")
         return Run(folder, "finished")
 
-    def _save(self) -> None:
-        now = self.state.counters
-        now.metrics_bytes, now.layout = self.journal.length(), self.learner.layout
-        frozen = self.cadence.reference == "initial"
-        keep = self.config.run.save_total_limit
-        checkpoint.save(self.journal.checkpoints, self.state, keep=keep, frozen_reference=frozen)
-
-    def _roll_back(self, news: Sequence[str]) -> None:
-        """Back to the last checkpoint, at half the learning rate."""
-        rollbacks, scale = self.state.counters.rollbacks + 1, self.state.counters.rate_scale / 2
-        before = self.state.counters.step
+    def _reference_of_round(self) -> None:
+        """The round is written: training begins, first of all with what the reference says of its pairs."""
         self.writers.release()
-        self.restore()
-        now = self.state.counters
-        now.rollbacks, now.rate_scale = rollbacks, scale
-        self.results.forget(now.round, now.step)
-        self.tick(now.step - before)
-        self.bars.say(f"rolled back from update {before} to {now.step}, learning rate times {scale:g}", "bold yellow")
-        self.journal.metrics({"step": now.step, "rolled_back_from": before, "rate_scale": scale, "alarms": list(news)})
+        if self.reference_first:
+            self.learner.sealed = False
+            start = self.about["start_fingerprint"] if self.state.counters.step == 0 else None
+            reference.compute(self.learner, self.state.buffer.pairs, start, self.bars)
+            self.learner.sealed = True
+
+    def _stop_asked(self) -> bool:
+        """Whether a signal asks this process, or another one, to stop."""
+        return self.world.any(self.asked.get("stop", False))
 
     def _stamp(self) -> str:
         """What responses and judgments of now depend on, besides the run's configuration."""
         now = self.state.counters
-        return f"update {now.step}, learning rate times {now.rate_scale:g}"
+        return f"update {now.step}, learning rate times {now.learnt_at:g}"
 
     def _fail(self, message: str) -> None:
         """Note a failure, if the disk still takes a note."""

@@ -121,7 +121,7 @@ def writing(config: Config, chat: Chat, folder: Path, bars: Bars) -> Iterator[Wr
     name, keys = config.model.model_name_or_path, config.generation
     if keys.generation_backend == "server":
         with serving(keys, Path(name), folder / "server.log") as servers:
-            yield ServerWriter(
+            writer = ServerWriter(
                 servers,
                 chat,
                 source=lambda: name,
@@ -130,6 +130,10 @@ def writing(config: Config, chat: Chat, folder: Path, bars: Bars) -> Iterator[Wr
                 timeout=keys.server_timeout,
                 retries=keys.server_retries,
                 tick=bars.moved,
+            )
+            yield writer
+            bars.say(
+                "server: " + ", ".join(f"{what} {count:,}" for what, count in writer.tally.items() if count), "dim"
             )
         return
     model = policy.load_model(config.model, policy.pick_device(config.model.device), computed_in(config)).eval()
@@ -156,17 +160,17 @@ def rank_responses(config: Config, bars: Bars) -> Path:
         raise ValueError(reason)
     context = Context({}, Seeds(keys.seed), 0, judge)
     with bars.stage("rank", None, unit="answers"):
-        for number, file in enumerate(files):
-            if shard(folder, number).exists():
+        for file in files:
+            ranked, judgments = folder / file.name, folder / "judgments"
+            if ranked.exists():
                 continue
             rows = read(file, NEEDS)
             groups = groups_of(rows)
             judged = rank(groups, context, keys.ranking, settings(keys.ranking, *told))
-            judgments = folder / "judgments"
             judgments.mkdir(exist_ok=True)
-            write(shard(judgments, number), map(to_row, judged.judgments))
+            write(judgments / file.name, map(to_row, judged.judgments))
             places = {(s.prompt_id, s.place): s for s in judged.standings}
-            write(shard(folder, number), (dict(row) | _standing(places, row) for row in rows))
+            write(ranked, (dict(row) | _standing(places, row) for row in rows))
     if isinstance(judge, Bench):
         for text in judge.warnings():
             bars.say(text, "yellow")
@@ -182,7 +186,7 @@ def pairs_of(config: Config, bars: Bars) -> Path:
     context = Context({}, Seeds(keys.seed), 0)
     dropped: Counter[str] = Counter()
     count = 0
-    for number, file in enumerate(shards_of(keys.ranked, "ranked")):
+    for file in shards_of(keys.ranked, "ranked"):
         rows = read(file, (*NEEDS, "rank", "win_rate"))
         groups = groups_of(rows)
         by_place = {(row["prompt_id"], row["place"]): row for row in rows}
@@ -198,13 +202,12 @@ def pairs_of(config: Config, bars: Bars) -> Path:
 
         other = another if keys.rejected == "random" else None
         paired: Paired = best_of(groups, standings, lambda response: response.whole, other)
-        near = [p for p in paired.pairs if abs(p.chosen_win_rate - p.rejected_win_rate) < keys.least_margin]
-        dropped += paired.dropped + Counter({"below least_margin": len(near)})
-        kept = [pair for pair in paired.pairs if pair not in near]
+        kept = [p for p in paired.pairs if abs(p.chosen_win_rate - p.rejected_win_rate) >= keys.least_margin]
+        dropped += paired.dropped + Counter({"below least_margin": len(paired.pairs) - len(kept)})
         contents = {group.prompt.id: group.prompt for group in groups}
         count += len(kept)
         if kept:
-            write(shard(folder, number), (pair_row(pair, contents[pair.prompt_id]) for pair in kept))
+            write(folder / file.name, (pair_row(pair, contents[pair.prompt_id]) for pair in kept))
     reasons = "".join(f", {n} {reason}" for reason, n in (+dropped).items())
     if not count:
         raise ValueError(f"there is no pair to write; dropped: {reasons[2:]}")

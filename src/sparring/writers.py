@@ -46,13 +46,15 @@ class Writers(Mapping[str, Writer]):
         lay_down: Callable[[Path], None],
         folder: Path,
         say: Callable[[str], None],
+        note: Callable[[Mapping[str, Any]], None],
         tick: Callable[[int], None],
         world: World,
         device: torch.device,
     ) -> None:
         """``step`` says how many updates are behind the policy, ``previous`` where that of a round ago lies (None: the start).
 
-        For a server ``lay_down`` writes the policy's weights to a folder; what it wrote is kept in ``folder``, under ``stamp``.
+        For a server ``lay_down`` writes the policy's weights to a folder; what it wrote is kept in ``folder``, under ``stamp``, and
+        ``note`` is told what it was asked.
         """
         self._config, self._roles, self._chat = config, roles, chat
         self._step, self._previous, self._tick = step, previous, tick
@@ -69,6 +71,7 @@ class Writers(Mapping[str, Writer]):
                 lay_down=lay_down,
                 main=world.main,
                 say=say,
+                note=note,
                 tick=tick,
             )
             shared = SharedWriter(self._served, world, device, alone=True)
@@ -172,6 +175,16 @@ def check_generation(config: Config, method: Method) -> None:
     if rounds is None:
         raise ValueError(
             f"generation_backend is server, and {method.name} writes at every few updates or not at all: use local"
+        )
+    if config.adapter.use_peft:
+        raise ValueError(
+            "generation_backend is server, and use_peft keeps the policy as an adapter, which servers do not load as a model: use "
+            "local, or train all weights"
+        )
+    if config.evaluation.eval_dataset_name and keys.server_urls is not None:
+        raise ValueError(
+            "server_urls serve one model for good, and eval_dataset_name is to be answered by the policy as it becomes: give "
+            "server_command"
         )
     if rounds > 1 and keys.server_urls is not None:
         raise ValueError(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from sparring.actors.launch import serving
 from sparring.actors.server import ServerWriter
@@ -32,13 +36,19 @@ class Served:
         lay_down: Callable[[Path], None],
         main: bool = True,
         say: Callable[[str], None] = lambda text: None,
+        note: Callable[[Mapping[str, Any]], None] = lambda line: None,
         tick: Callable[[int], None] = lambda rows: None,
     ) -> None:
-        """``lay_down`` writes the policy's weights to a folder; ``stamp`` names them; all but the ``main`` process only wait."""
+        """``lay_down`` writes the policy's weights to a folder; ``stamp`` names them; all but the ``main`` process only wait.
+
+        ``note`` is told what a server was asked and what differed in what came back, ``say`` the same in words.
+        """
         self._config, self._chat, self._folder, self._main = config, chat, folder, main
         self._source, self._stamp, self._lay_down, self._say, self._tick = source, stamp, lay_down, say, tick
+        self._note = note
         self._open: ExitStack | None = None
         self._writer: ServerWriter | None = None
+        self._written_by = ""
 
     @property
     def source(self) -> str:
@@ -68,13 +78,17 @@ class Served:
         if self._writer is not None:
             tally = {name: count for name, count in self._writer.tally.items() if count}
             self._say("server: " + ", ".join(f"{name} {count:,}" for name, count in tally.items()))
+            self._note({"source": self._written_by} | tally)
         if self._main:
             shutil.rmtree(self._folder / "model", ignore_errors=True)
         self._open = self._writer = None
 
     def _begin(self, model: Path) -> ServerWriter:
         assert self._open is not None
-        keys = self._config
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # what training had is the server's now
+        keys, self._written_by = self._config, self.source
         servers = self._open.enter_context(serving(keys, model, self._folder / "server.log"))
         stamp = self._stamp()
         return ServerWriter(

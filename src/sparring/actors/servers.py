@@ -65,10 +65,10 @@ def base_urls(text: str) -> list[str]:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"server_urls has {url!r}: write a base URL, as http://localhost:8000/v1")
-        if parts.username or parts.password:
+        if parts.username or parts.password or parts.query or parts.fragment:
             raise ValueError(
-                f"server_urls has a password in the URL of {parts.hostname}: leave it out, and put the key into the environment "
-                "variable that server_api_key_env names"
+                f"server_urls holds more than the address of {parts.hostname}: leave out user, password and what follows a ?, and "
+                "put the key into the environment variable that server_api_key_env names"
             )
         urls.append(url if parts.path else f"{url}/v1")
     if not urls:

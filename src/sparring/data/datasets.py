@@ -16,7 +16,7 @@ from sparring.config import DataConfig
 from sparring.data.chat import BadRow, Chat, Content, Message
 from sparring.data.files import Row, read
 from sparring.keys import nearest
-from sparring.records import Prompt, Response, Tokens
+from sparring.records import Prompt, Response, Tokens, tokens
 
 T = TypeVar("T")
 Need = Literal["prompts", "responses", "pairs"]
@@ -74,6 +74,7 @@ def load(
     if not table:
         raise ValueError(f"{name} holds no rows: give one that has some, and a split that is not empty")
     sources = _sources(name, need, table, config.column_map or {})
+    columns = [] if need == "prompts" else [source for target, source in sources.items() if target != "prompt"]
     prompts: list[Prompt] = []
     dropped: dict[str, list[int]] = {}
     cut: list[int] = []
@@ -94,10 +95,15 @@ def load(
         asked = keep(zip(chunk, _fitting(config, chat, [content for content, _ in chunk.values()]), strict=True))
         wanted = [(chunk[n][0], text, answer) for n, (text, _) in asked.items() for answer in chunk[n][1]]
         written = iter(chat.responses(wanted))
-        drawn = {n: list(itertools.islice(written, len(chunk[n][1]))) for n in asked}
+        fresh = {n: list(itertools.islice(written, len(chunk[n][1]))) for n in asked}
+        drawn = {
+            n: [_as_written(table[n], *each, chat) for each in zip(columns, found, strict=True)]
+            for n, found in fresh.items()
+        }
         answers = keep((n, _limited(config, chat, len(asked[n][1]), found)) for n, found in drawn.items())
         for n, responses in answers.items():
-            if not all(response.finished for response in responses):
+            whole = [isinstance(each, Response) and each.finished for each in drawn[n]]
+            if any(was and not now.finished for was, now in zip(whole, responses, strict=True)):
                 cut.append(n)
             human, rejected = [*responses, None, None][:2]
             prompts.append(Prompt(n, *asked[n], human, rejected, table[n], question(chunk[n][0]), chunk[n][0]))
@@ -188,6 +194,22 @@ def _shaped(number: int, row: Row, need: Need, sources: Mapping[str, str], chat:
     if any(content != contents[0] for content in contents):
         return BadRow("prompts differ within the row")
     return contents[0], [] if need == "prompts" else answers
+
+
+def _as_written(row: Row, column: str, made: Response | BadRow, chat: Chat) -> Response | BadRow:
+    """``made`` of a row's text as the very tokens that the row says were written, where they are this tokenizer's.
+
+    Without tokens: with no end of turn, where the row says that none was written.
+    """
+    ids, text = row.get(f"{column}_token_ids"), row.get(column)
+    finished = row.get(f"{column}_finished", row.get("finished") if column == "completion" else None)
+    if isinstance(made, BadRow):
+        return made
+    if isinstance(ids, list) and ids and chat.decode(ids) == text:
+        return replace(
+            made, text=text, token_ids=tokens(ids), finished=finished is not False and ids[-1] in chat.end_ids
+        )
+    return made if finished is not False else replace(made, token_ids=made.token_ids[:-1], finished=False)
 
 
 def _value(number: int, column: str, value: Any, chat: bool) -> Content:

@@ -23,6 +23,30 @@ from sparring.data.datasets import question
 from sparring.records import Group, Pair, Prompt, Response, tokens
 
 Row = dict[str, Any]
+FREE = {
+    "output_dir",
+    "device",
+    "generation_batch_size",
+    "server_urls",
+    "server_command",
+    "server_api_key_env",
+    "server_concurrency",
+    "server_timeout",
+    "server_start_timeout",
+    "server_retries",
+    "verifier_timeout",
+    "judge_base_url",
+    "judge_api_key_env",
+    "judge_concurrency",
+    "judge_timeout",
+    "judge_retries",
+    "judge_max_calls",
+    "judge_max_tokens",
+    "judge_price_in",
+    "judge_price_out",
+    "judge_batch_tokens",
+    "judge_cache",
+}
 NEEDS = ("prompt", "completion", "prompt_id", "place")
 
 
@@ -91,8 +115,8 @@ def pair_row(pair: Pair, prompt: Prompt) -> Row:
 
 
 def keys_as_text(config: Config) -> str:
-    """The keys that a folder's files depend on, as JSON."""
-    keys = {name: value for name, value in config.flat().items() if name not in ("output_dir", "device")}
+    """The keys that a folder's files depend on, as JSON: not those of speed, place, patience and money."""
+    keys = {name: value for name, value in config.flat().items() if name not in FREE}
     return json.dumps(keys, indent=1, default=str)
 
 
@@ -105,10 +129,13 @@ def opened(name: str, about: str) -> Path:
         before, now = json.loads(note.read_text()), json.loads(about)
         differ = [k for k in now if before.get(k) != now[k]]
         raise ValueError(f"{folder} was begun with other keys ({', '.join(differ)}): choose another output_dir")
-    if not note.exists() and folder.exists() and any(folder.iterdir()):
+    if not note.exists() and folder.exists() and any(file.name != f"{note.name}.part" for file in folder.iterdir()):
         raise ValueError(f"{folder} is not empty: choose another output_dir")
     folder.mkdir(parents=True, exist_ok=True)
-    note.write_text(about)
+    if not note.exists():
+        part = note.with_name(f"{note.name}.part")
+        part.write_text(about)
+        part.replace(note)
     return folder
 
 

@@ -42,12 +42,13 @@ class Bench:
         world: World = ALONE,
         device: torch.device | None = None,
         tick: Callable[[int], None] = lambda done: None,
+        closes: bool = False,
     ) -> None:
-        """``override`` is asked first; ``tick`` is told of answers as they come."""
+        """``override`` is asked first; ``tick`` is told of answers as they come; ``closes``: the judge is closed with the bench."""
         self.judge, self.orders, self.scale = judge, orders, scale
         self.seeds, self.cache, self.override = seeds or Seeds(0), cache, override
         self.world, self.device, self.tick = world, device, tick
-        self._shown = 0
+        self._shown, self._closes = 0, closes
         self.spent: dict[str, float] = defaultdict(float)  # asked, cached, seconds, and the judge's own tally
 
     @property
@@ -76,6 +77,13 @@ class Bench:
         texts = [(p.asked, rows[id(p)], r.text, str(r.finished)) for p, r in asked]
         sizes = [len(prompt.token_ids) + len(response.token_ids) for prompt, response in asked]
         return self._answers(lambda places: judge.score([asked[i] for i in places]), texts, sizes)
+
+    def close(self) -> None:
+        """Let the cache go, and end what the judge has started."""
+        if self.cache:
+            self.cache.close()
+        if self._closes and hasattr(self.judge, "close"):
+            self.judge.close()
 
     def bill(self) -> dict[str, float]:
         """What was spent since the last bill: asked, cached, seconds, and what the judge itself counted."""
@@ -149,7 +157,7 @@ class Bench:
             fresh = self._told([keys[i] for i in missing], fresh)
             self._keep(fresh)
         for what, count in self.judge.tally.items():
-            self.spent[what] += count
+            self.spent["seconds_waiting" if what == "seconds" else what] += count
         self.judge.tally.clear()
         self.spent["seconds"] += time.perf_counter() - began
         known |= fresh

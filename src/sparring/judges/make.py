@@ -58,6 +58,7 @@ def make_judge(
         world=world,
         device=device,
         tick=tick,
+        closes=given is None,
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -91,9 +90,7 @@ class PolicyJudge:
         parts = [range(first, min(first + self._rows, len(asked))) for first in range(0, len(asked), self._rows)]
         rounds = -self._world.least(-len(parts))  # the most that any process has
         for places in [*parts, *[range(0)] * (rounds - len(parts))]:
-            began = time.perf_counter()
             answers = self._some([asked[place] for place in places])
-            self.tally["seconds"] += time.perf_counter() - began  # type: ignore[assignment]
             yield from zip(places, answers, strict=True)
 
     def _some(self, asked: Sequence[Comparison]) -> list[float | None]:

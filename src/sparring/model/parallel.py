@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from sparring.model.policy import prepared
 
-TIMEOUT = timedelta(hours=2)  # the slowest process of a round may be generating while the others wait
+TIMEOUT = timedelta(hours=12)  # the others wait while one still writes, or asks a judge at an endpoint
 
 
 @dataclass(frozen=True)

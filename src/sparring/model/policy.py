@@ -167,7 +167,9 @@ def fingerprint(model: Any) -> str:
 def room(about: Any, prompts: Sequence[Prompt], max_length: int) -> int:
     """max_length, or the model's own limit where that is less and the data fits; ValueError where it does not fit."""
     limit = getattr(about.get_text_config(), "max_position_embeddings", None) or max_length
-    lengths = ((len(p.token_ids) + len(r.token_ids), p.id) for p in prompts for r in (p.human, p.rejected) if r)
+    lengths = (
+        (len(p.token_ids) + (len(r.token_ids) if r else 1), p.id) for p in prompts for r in (p.human, p.rejected)
+    )
     longest, row = max(lengths, default=(0, 0))
     if longest > limit:
         raise ValueError(
