@@ -9,7 +9,8 @@ from pathlib import Path
 LAYERS = """
     records seeds folders
     keys
-    losses bounds ranking pairing config data.chat
+    losses ranking pairing config data.chat
+    bounds
     data
     model methods.base buffer recipes
     methods.preference

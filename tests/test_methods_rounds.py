@@ -364,7 +364,7 @@ def test_ipr_drops_a_group_of_ties_and_counts_its_comparisons() -> None:
     assert (paired.pairs, paired.dropped) == ([], {"tie": 1})
     assert pairs_of(IPR(rejected="random"), [SIX], Judging(lambda a, b: 0.5)) == ([], {"tie": 1})
     failed = judged(IPR(), [SIX], Judging(lambda a, b: None))
-    assert IPR().round_metrics([SIX], failed)["judge/failures"] == 5
+    assert IPR().round_metrics([SIX], failed)["judge/failures"] == 5 + 4  # without the first one once more
     assert IPR().pair([SIX], failed, context(Script())).dropped == {"not judged": 1}
 
 
@@ -563,8 +563,9 @@ def test_a_fresh_optimizer_begins_anew_with_each_round_and_its_schedule_too() ->
 
 
 def test_a_round_that_goes_over_an_epoch_s_end_has_no_prompt_twice() -> None:
-    method = SPPO(rounds=3, responses_per_prompt=3, loss_type="sppo_single", max_new_tokens=4)
+    made = SPPO(rounds=3, responses_per_prompt=3, loss_type="sppo_single", max_new_tokens=4)
     for size in range(2, 9):
+        method = replace(made, prompts_per_round=math.ceil(size / 3))
         prompts = [prompt(n, [5, 6 + n]) for n in range(size)]
         state, events = game(method, Judging(larger), prompts=prompts, num_train_epochs=1.0)
         rounds = [[g.prompt.id for g in e.groups] for e in events if isinstance(e, Round)]
@@ -572,6 +573,16 @@ def test_a_round_that_goes_over_an_epoch_s_end_has_no_prompt_twice() -> None:
         assert all(len(set(ids)) == len(ids) for ids in rounds)
         assert set(itertools.chain(*rounds)) == set(range(size))
         assert state.counters.visits == 3 * math.ceil(size / 3)
+
+
+@pytest.mark.parametrize("size", [2, 3, 7, 10, 11])
+def test_rounds_share_the_prompts_out_each_once_and_evenly(size: int) -> None:
+    prompts = [prompt(n, [5, 6 + n]) for n in range(size)]
+    method = SPPO(rounds=3, responses_per_prompt=3, max_new_tokens=4)
+    _, events = game(method, Judging(larger), prompts=prompts, num_train_epochs=1.0)
+    rounds = [[g.prompt.id for g in e.groups] for e in events if isinstance(e, Round)]
+    assert sorted(itertools.chain(*rounds)) == list(range(size))
+    assert max(map(len, rounds)) - min(map(len, rounds)) <= 1
 
 
 def test_sppo_s_round_is_the_same_however_it_is_cut_into_shards() -> None:
@@ -648,7 +659,15 @@ def test_tso_s_matrix_is_written_entry_after_entry_with_seeds_of_their_own() -> 
     assert len({r.seed for r in policy.asked + start.asked}) == 6
 
 
-MIXED = group([10, END], [20, END], [30, END], [40, END])
+SOURCES = ("human", "policy@4", "previous@round-00001", "start@0")
+FIRST = ("human", "policy@0", "start@0", "start@0")  # the first round's: three times one model
+
+
+def signed(of: Group, sources: Sequence[str]) -> Group:
+    return replace(of, responses=tuple(replace(r, source=s) for r, s in zip(of.responses, sources, strict=True)))
+
+
+MIXED = signed(group([10, END], [20, END], [30, END], [40, END]), SOURCES)
 CROSS = TSO(positives=("human", "policy"), negatives=("policy", "previous", "start"), pairs_of_prompt=99)
 
 
@@ -657,8 +676,11 @@ def test_tso_pairs_positives_with_negatives_each_two_once() -> None:
     drawn = CROSS.drawn(MIXED, context(Script()))
     assert sorted(drawn) == [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3)]
     several = TSO(positives=("policy*2",), negatives=("policy*2",), pairs_of_prompt=99)
-    assert several.drawn(group([10, END], [20, END]), context(Script())) == [(0, 1)]
-    twins = group([10, END], [20, END], [20, END], [40, END])
+    two = group([10, END], [20, END])
+    assert several.drawn(two, replace(context(Script()), judge=Judging(larger))) == [(0, 1)]
+    assert several.drawn(two, context(Script())) == []  # of one model nobody but a judge can say which is better
+    assert sorted(CROSS.drawn(signed(MIXED, FIRST), context(Script()))) == [(0, 1), (0, 2), (0, 3)]
+    twins = signed(group([10, END], [20, END], [20, END], [40, END]), SOURCES)
     assert (1, 2) not in CROSS.drawn(twins, context(Script()))
 
 

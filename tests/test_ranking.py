@@ -73,7 +73,9 @@ def test_a_round_robin_asks_of_each_pair_once(count: int) -> None:
     assert sorted(tuple(sorted(pair)) for pair in asked_of(turns)) == list(itertools.combinations(range(count), 2))
 
 
-@pytest.mark.parametrize(("count", "comparisons", "each"), [(8, 2, 2), (8, 4, 4), (7, 3, 4), (9, 1, 2)])
+@pytest.mark.parametrize(
+    ("count", "comparisons", "each"), [(8, 2, 2), (8, 4, 4), (8, 3, 3), (8, 1, 1), (7, 3, 3), (9, 1, 1), (5, 3, 3)]
+)
 def test_with_fewer_comparisons_every_response_meets_the_same_number_of_different_others(
     count: int, comparisons: int, each: int
 ) -> None:
@@ -85,14 +87,14 @@ def test_with_fewer_comparisons_every_response_meets_the_same_number_of_differen
         for a, b in asked_of(turns):
             met[a].add(b)
             met[b].add(a)
-        assert [len(others) for others in met] == [each] * count
-        assert len(asked_of(turns)) == count * each // 2
+        assert sorted(len(others) for others in met) == [each] * (count - 1) + [each + count * each % 2]
+        assert len(asked_of(turns)) == math.ceil(count * each / 2)
         opinion = by_strength([0.3 * i for i in range(count)])
         for i, place in enumerate(places):
             found = [p for other in met[i] if (p := opinion(i, other)) is not None]
-            assert place.win_rate == pytest.approx((0.5 + sum(found)) / (1 + each))
+            assert place.win_rate == pytest.approx((0.5 + sum(found)) / (1 + len(met[i])))
         seen.add(tuple(sorted(map(tuple, map(sorted, asked_of(turns))))))
-    assert len(seen) > 10  # the ring's order is drawn
+    assert len(seen) > 8  # the ring's order is drawn
 
 
 @pytest.mark.parametrize("comparisons", [4, 9])
@@ -193,19 +195,17 @@ def test_a_response_that_could_never_be_judged_is_not_the_last_wherever_it_stand
         )
         assert (places[silent].rank, places[silent].win_rate) == (None, None)
         ranks = {i: place.rank for i, place in enumerate(places) if place.rank is not None}
-        assert len(asked_of(turns)) <= 2 * 5 - 3
-        if shuffled(5, seed)[0] != silent:  # an incumbent that nobody can be compared with stays
-            judged = [i for i in range(5) if i != silent]
-            assert ranks == {judged[-1]: 0, judged[0]: 4}
-        else:
-            assert ranks == {}
+        again = 3 if shuffled(5, seed)[0] == silent else 0  # it stood to the end, and the others played once more
+        assert len(asked_of(turns)) <= 2 * 5 - 3 + again
+        judged = [i for i in range(5) if i != silent]
+        assert ranks == {judged[-1]: 0, judged[0]: 4}
 
 
 @pytest.mark.parametrize("last", [False, True])
 def test_winner_stays_has_no_best_and_no_last_where_nothing_was_judged(last: bool) -> None:
     places, turns = ranked(winner_stays(5, random.Random(3), last), lambda a, b: None)
     assert [(p.rank, p.win_rate) for p in places] == [(None, None)] * 5
-    assert len(asked_of(turns)) == 4
+    assert len(asked_of(turns)) == 4 + 3
 
 
 @pytest.mark.parametrize("game", [winner_stays, swiss, round_robin])
@@ -236,6 +236,15 @@ def test_swiss_has_log2_turns_of_half_the_responses_and_no_pair_twice(count: int
         pairs = {frozenset(pair) for pair in asked_of(asked)}
         assert len(pairs) == len(asked_of(asked))
         assert len(pairs) == comparisons
+
+
+@pytest.mark.parametrize("count", [5, 7, 9])
+def test_swiss_lets_nobody_sit_out_twice(count: int) -> None:
+    for seed in range(50):
+        _, turns = ranked(swiss(count, random.Random(seed)), by_strength(range(count)))
+        out = [set(range(count)) - {i for pair in turn for i in pair} for turn in turns]
+        assert all(len(each) == 1 for each in out)
+        assert len(set.union(*out)) == len(turns)
 
 
 def test_swiss_has_as_many_turns_as_it_is_told_while_there_are_new_opponents() -> None:

@@ -65,8 +65,10 @@ class Archive:
             return Judged(list(parquet.read(judgments, Judgment)), list(parquet.read(standings, Standing)))
         self._go_on()
         with self._bars.stage(self._named("judges", number, shard), None, unit="answers"):
-            made = make()
-        self._after_judging(number)
+            try:
+                made = make()
+            finally:  # what failed or was stopped has cost something as well
+                self._after_judging(number)
         if self._world.main:
             parquet.write(standings, Standing, made.standings, stamp=self._stamp())
             parquet.write(judgments, Judgment, made.judgments, stamp=self._stamp())

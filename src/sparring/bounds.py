@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from sparring.losses import aligned
+
 __all__ = ["budget_penalty", "clipped_rewards", "drop", "dual_clip"]
 
 
@@ -40,6 +42,7 @@ def budget_penalty(
     """
     if not delta >= 0:
         raise ValueError(f"delta={delta}: it is what the chosen log-prob may fall; pass a delta >= 0")
+    chosen_ratio, chosen_tokens = aligned(chosen_ratio, chosen_tokens)
     over = torch.relu(drop(chosen_ratio, chosen_tokens, on=on) - delta)
     return over if form == "hinge" else over.square()
 
@@ -69,6 +72,7 @@ def dual_clip(
         raise ValueError(f"beta={beta}: it scales what is learned; pass a finite beta > 0")
     if not min(clip_chosen, clip_rejected) > 0:
         raise ValueError(f"clip_chosen={clip_chosen}, clip_rejected={clip_rejected}: pass thresholds > 0")
+    chosen_ratio, rejected_ratio = aligned(chosen_ratio, rejected_ratio)
     if form == "margin":
         margin = beta * (chosen_ratio - rejected_ratio)
         return -logsigmoid(margin.clamp(-clip_rejected, clip_chosen))

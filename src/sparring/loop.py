@@ -220,7 +220,7 @@ def _prepare(
 ) -> tuple[list[Group], list[tuple[Group, int, int]]]:
     """Respond, judge and pair for the coming ``generate_ahead`` rounds; their pairs wait in ``state.ahead``."""
     now = state.counters
-    count = cadence.prompts_per_round or len(prompts)
+    count = prompts_of_round(cadence, now.round, len(prompts))
     taken = take(prompts, now.visits, count * cadence.generate_ahead, context.seeds)
     visits = len(taken)
     if (
@@ -230,7 +230,7 @@ def _prepare(
     groups: list[Group] = []
     aside: list[tuple[Group, int, int]] = []
     judged = Judged([])
-    each = shard if shard and cadence.rounds is not None else len(taken)
+    each = shard if shard and cadence.rounds is not None else max(1, len(taken))
     for number, first in enumerate(range(0, len(taken), each)):
         some, visit = taken[first : first + each], now.visits + first
         made = keeper.groups(now.round, number, some, partial(method.respond, some, visit, context))
@@ -252,6 +252,13 @@ def _prepare(
         aside += paired.aside
     now.visits += visits
     return groups, aside
+
+
+def prompts_of_round(cadence: Cadence, number: int, prompts: int) -> int:
+    """How many prompts a round has: an even share of them, where the rounds share them out."""
+    if cadence.shared_out and cadence.rounds is not None:
+        return (number + 1) * prompts // cadence.rounds - number * prompts // cadence.rounds
+    return cadence.prompts_per_round or prompts
 
 
 def take(prompts: Sequence[Prompt], first: int, count: int, seeds: Seeds) -> list[Prompt]:

@@ -45,7 +45,7 @@ def dpo(chosen_ratio: Tensor, rejected_ratio: Tensor, *, beta: float = 0.1, labe
     """
     _check_beta(beta)
     _check(0 <= label_smoothing < 0.5, "label_smoothing", label_smoothing, "0.5 is pure noise", "a value in [0, 0.5)")
-    lw, ll = _aligned(chosen_ratio, rejected_ratio)
+    lw, ll = aligned(chosen_ratio, rejected_ratio)
     z = beta * (lw - ll)
     return -(1 - label_smoothing) * logsigmoid(z) - label_smoothing * logsigmoid(-z)
 
@@ -59,7 +59,7 @@ def hinge(chosen_ratio: Tensor, rejected_ratio: Tensor, *, beta: float = 0.1) ->
     Source: SLiC-HF's hinge (arXiv 2305.10425), on log-ratios as in RSO's hinge-norm (arXiv 2309.06657).
     """
     _check_beta(beta)
-    lw, ll = _aligned(chosen_ratio, rejected_ratio)
+    lw, ll = aligned(chosen_ratio, rejected_ratio)
     return torch.relu(1 - beta * (lw - ll))
 
 
@@ -83,7 +83,7 @@ def ipo(
     Source: arXiv 2310.12036 eq. 17.
     """
     _check_beta(beta)
-    lw, ll, tokens_w, tokens_l = _aligned(chosen_ratio, rejected_ratio, chosen_tokens, rejected_tokens)
+    lw, ll, tokens_w, tokens_l = aligned(chosen_ratio, rejected_ratio, chosen_tokens, rejected_tokens)
     h = lw / tokens_w - ll / tokens_l if token_mean else lw - ll
     return (h - 1 / (2 * beta)).square()
 
@@ -104,7 +104,7 @@ def odds_ratio(
     Source: arXiv 2403.07691 eq. 7. The floor is ours.
     """
     _check(0 <= floor < torch.inf, "floor", floor, "it is a lower bound on |mean log-prob|", "a finite floor >= 0")
-    logp_w, logp_l, tokens_w, tokens_l = _aligned(chosen, rejected, chosen_tokens, rejected_tokens)
+    logp_w, logp_l, tokens_w, tokens_l = aligned(chosen, rejected, chosen_tokens, rejected_tokens)
     return -logsigmoid(_log_odds(logp_w / tokens_w, floor) - _log_odds(logp_l / tokens_l, floor))
 
 
@@ -151,7 +151,7 @@ def simpo(
     """
     _check_beta(beta)
     _check(0 <= gamma < torch.inf, "gamma", gamma, "a negative target margin rewards misranking", "a finite gamma >= 0")
-    logp_w, logp_l, tokens_w, tokens_l = _aligned(chosen, rejected, chosen_tokens, rejected_tokens)
+    logp_w, logp_l, tokens_w, tokens_l = aligned(chosen, rejected, chosen_tokens, rejected_tokens)
     return -logsigmoid(beta * (logp_w / tokens_w - logp_l / tokens_l) - gamma)
 
 
@@ -180,7 +180,7 @@ def kto(
     _check_weight("undesirable_weight", undesirable_weight)
     if kl.ndim != 0:
         raise ValueError(f"kl has shape {tuple(kl.shape)}: the reference point is one per batch; pass its mean")
-    lw, ll = _aligned(chosen_ratio, rejected_ratio)
+    lw, ll = aligned(chosen_ratio, rejected_ratio)
     z0 = beta * kl.detach().clamp(min=0).to(lw.dtype)
     # 1 - s(x) = s(-x), without the cancellation where s(x) is close to 1.
     return desirable_weight * torch.sigmoid(z0 - beta * lw) + undesirable_weight * torch.sigmoid(beta * ll - z0)
@@ -198,7 +198,7 @@ def dpop(chosen_ratio: Tensor, rejected_ratio: Tensor, *, beta: float = 0.1, dpo
     """
     _check_beta(beta)
     _check_weight("dpop_lambda", dpop_lambda)
-    lw, ll = _aligned(chosen_ratio, rejected_ratio)
+    lw, ll = aligned(chosen_ratio, rejected_ratio)
     return -logsigmoid(beta * (lw - ll - dpop_lambda * torch.relu(-lw)))
 
 
@@ -221,7 +221,7 @@ def sppo(
     Source: arXiv 2405.00675 eq. 4.7, with the factor 1/2 of the authors' code.
     """
     _check_beta(beta)
-    lw, ll, pw, pl = _aligned(chosen_ratio, rejected_ratio, chosen_win_rate, rejected_win_rate)
+    lw, ll, pw, pl = aligned(chosen_ratio, rejected_ratio, chosen_win_rate, rejected_win_rate)
     return 0.5 * ((lw - (pw - 0.5) / beta).square() + (ll - (pl - 0.5) / beta).square())
 
 
@@ -234,7 +234,7 @@ def sppo_hard(chosen_ratio: Tensor, rejected_ratio: Tensor, *, beta: float = 0.0
     Source: arXiv 2405.00675 eq. 4.7 with hard labels; TRL's "sppo_hard", without the factor 1/2.
     """
     _check_beta(beta)
-    lw, ll = _aligned(chosen_ratio, rejected_ratio)
+    lw, ll = aligned(chosen_ratio, rejected_ratio)
     return (lw - 0.5 / beta).square() + (ll + 0.5 / beta).square()
 
 
@@ -245,7 +245,7 @@ def nll(chosen: Tensor, chosen_tokens: Tensor) -> Tensor:
 
     Its batch mean weighs responses alike, not tokens.
     """
-    logp_w, tokens_w = _aligned(chosen, chosen_tokens)
+    logp_w, tokens_w = aligned(chosen, chosen_tokens)
     return -logp_w / tokens_w
 
 
@@ -259,7 +259,7 @@ def reward_metrics(chosen_ratio: Tensor, rejected_ratio: Tensor, *, beta: float)
     Source: implicit rewards as in arXiv 2305.18290; names as TRL logs them.
     """
     _check_beta(beta)
-    rewards_w, rewards_l = (beta * ratio.detach() for ratio in _aligned(chosen_ratio, rejected_ratio))
+    rewards_w, rewards_l = (beta * ratio.detach() for ratio in aligned(chosen_ratio, rejected_ratio))
     return {
         "rewards/chosen": rewards_w.mean(),
         "rewards/rejected": rewards_l.mean(),
@@ -276,7 +276,7 @@ def _log_odds(mean: Tensor, floor: float) -> Tensor:
     return mean - torch.log(-torch.expm1(bounded))
 
 
-def _aligned(*tensors: Tensor) -> list[Tensor]:
+def aligned(*tensors: Tensor) -> list[Tensor]:
     """The tensors in the first one's dtype, fp32 at least; they share one shape [B], since [B, 1] would broadcast."""
     if tensors[0].ndim != 1 or any(tensor.shape != tensors[0].shape for tensor in tensors):
         shapes = [tuple(tensor.shape) for tensor in tensors]

@@ -190,4 +190,5 @@ def _pair(group: Group, chosen: Response, rejected: Response | None, scored: Sco
         rejected_scored=scored(rejected) if rejected else (0, 0),
         chosen_win_rate=rate,
         rejected_win_rate=1 - rate,
+        asked=group.prompt.asked,
     )

@@ -62,36 +62,50 @@ def round_robin(count: int, draw: random.Random, comparisons: int | None = None)
 
         win rate of i = (1/K) (1/2 + sum over k != i of P(i beats k))
 
-    With ``comparisons`` each response meets about so many others, on a ring in random order: the estimate of K from fewer.
+    With ``comparisons`` each response meets so many others (where K times that is odd, one of them one more), on a ring in random
+    order: the estimate of K from fewer.
     Source: arXiv 2405.00675, section 4.2.
     """
     pairs = [(a, b) for a in range(count) for b in range(a + 1, count)]
     if comparisons is not None and comparisons < count - 1:
         ring = list(range(count))
         draw.shuffle(ring)
-        far = range(1, 1 + max(1, math.ceil(comparisons / 2)))
+        far = range(1, 1 + comparisons // 2)
         met = {frozenset((ring[i], ring[(i + step) % count])) for step in far for i in range(count)}
+        if comparisons % 2:
+            met |= {frozenset(ring[i] for i in pair) for pair in _halfway(count)}
         pairs = [pair for pair in pairs if frozenset(pair) in met]
     ledger = Ledger(count)
     ledger.note(pairs, (yield pairs))
     return _by_win_rate(ledger)
 
 
+def _halfway(count: int) -> list[tuple[int, int]]:
+    """Places on a ring two by two, as far from each other as can be; an odd one meets one that has met another already."""
+    half = count // 2
+    pairs = [(i, i + half) for i in range(half)]
+    return [*pairs, (count - 1, half - 1)] if count % 2 else pairs
+
+
 def winner_stays(count: int, draw: random.Random, last: bool = True) -> Game:
     """The winner of each comparison meets the next response: M-1 comparisons find the best, at most 2M-3 the best and the last.
 
-    Candidates come in random order. A tie, or what could not be judged, keeps whoever stands there; a response of which nothing
-    was judged is neither best nor last. Without ``last`` only the best is looked for. Source: arXiv 2411.05875; a reconstruction
-    from its abstract and idea.
+    Candidates come in random order. A tie, or what could not be judged, keeps whoever stands there. One that stood to the end and
+    of which nothing could be judged is left out, and the others play once more; a response of which nothing was judged is neither
+    best nor last. Without ``last`` only the best is looked for. Source: arXiv 2411.05875; a reconstruction from its abstract and
+    idea.
     """
     order = list(range(count))
     draw.shuffle(order)
     ledger = Ledger(count)
-    best = order[0]
-    for challenger in order[1:]:
-        ledger.note([(best, challenger)], (yield [(best, challenger)]))
-        p = ledger.of(challenger, best)
-        best = challenger if p is not None and p > 0.5 else best
+    for playing in (order, order[1:]):
+        best = playing[0]
+        for challenger in playing[1:]:
+            ledger.note([(best, challenger)], (yield [(best, challenger)]))
+            p = ledger.of(challenger, best)
+            best = challenger if p is not None and p > 0.5 else best
+        if ledger.win_rate(best) is not None or count < 3:
+            break
     places = [Place(win_rate=ledger.win_rate(i)) for i in range(count)]
     if places[best].win_rate is None:
         return places
@@ -113,26 +127,18 @@ def winner_stays(count: int, draw: random.Random, last: bool = True) -> Game:
 def swiss(count: int, draw: random.Random, turns: int | None = None) -> Game:
     """Neighbours in the standings meet, ``turns`` times (none: log2 K, rounded up): about K log2(K) / 2 comparisons.
 
-    A response's points are its probabilities of winning, a tie and what could not be judged counting 1/2; whoever is left over at
-    an odd K has 1/2. Ranks by points, then by the points of those it met, then by the draw.
+    A response's points are its probabilities of winning, a tie and what could not be judged counting 1/2; at an odd K the lowest
+    that never sat out does, and has 1/2. Ranks by points, then by the points of those it met, then by the draw.
     """
     points, met = [0.0] * count, [set[int]() for _ in range(count)]
     order = list(range(count))
     draw.shuffle(order)
-    ledger = Ledger(count)
+    ledger, rested = Ledger(count), set[int]()
     for _ in range(math.ceil(math.log2(count)) if turns is None else turns):
-        free = sorted(order, key=lambda i: -points[i])
-        pairs: Asked = []
-        while len(free) > 1:
-            a = free.pop(0)
-            new = next((b for b in free if b not in met[a]), None)
-            if new is None:
-                points[a] += 0.5
-                continue
-            free.remove(new)
-            pairs.append((a, new))
-        for alone in free:
-            points[alone] += 0.5
+        pairs, alone = _drawn(sorted(order, key=lambda i: -points[i]), met, rested)
+        for i in alone:
+            points[i] += 0.5
+        rested.update(alone)
         if not pairs:
             break
         for (a, b), p in zip(pairs, answered := (yield pairs), strict=True):
@@ -146,6 +152,30 @@ def swiss(count: int, draw: random.Random, turns: int | None = None) -> Game:
     for rank, i in enumerate(sorted(judged, key=lambda i: (-points[i], -sum(points[j] for j in met[i])))):
         places[i].rank = rank
     return places
+
+
+def _drawn(standing: list[int], met: Sequence[set[int]], rested: set[int]) -> tuple[Asked, list[int]]:
+    """Neighbours who have not met, two by two, and who sits out: of an odd number the lowest who never did, and can be spared."""
+    if len(standing) % 2 == 0:
+        return _neighbours(standing, met)
+    rests = [i for i in reversed(standing) if i not in rested] or standing[-1:]
+    tried = [_neighbours([i for i in standing if i != rest], met) for rest in rests]
+    place = max(range(len(rests)), key=lambda n: (len(tried[n][0]), -n))
+    return tried[place][0], [*tried[place][1], rests[place]]
+
+
+def _neighbours(free: list[int], met: Sequence[set[int]]) -> tuple[Asked, list[int]]:
+    """Each with the next one below that it has not met; and those for whom there is none."""
+    left, pairs, alone = list(free), [], []
+    while left:
+        a = left.pop(0)
+        new = next((b for b in left if b not in met[a]), None)
+        if new is None:
+            alone.append(a)
+        else:
+            left.remove(new)
+            pairs.append((a, new))
+    return pairs, alone
 
 
 def play(rankings: Sequence[Game], ask: Callable[[list[tuple[int, int, int]]], Answered]) -> list[list[Place]]:

@@ -121,6 +121,7 @@ class Pair:
         0  # optimizer updates behind the weights that generated it; staleness is the step of use less this
     )
     serial: int = -1  # its number in the buffer, never used again
+    asked: str = ""  # the prompt as judges and people are shown it
 
     @property
     def length(self) -> int:

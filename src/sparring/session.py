@@ -126,7 +126,8 @@ class Session:
             device=self.learner.device,
         )
         if later:
-            judging["policy"] = partial(self.writers.as_judge, self.max_length, lambda: str(self.about) + self._stamp())
+            learns = self.about, config.method, config.adapter, config.training, config.generation, config.run.seed
+            judging["policy"] = partial(self.writers.as_judge, self.max_length, lambda: f"{learns} {self._stamp()}")
             self.judge = fitting(self.method, make_judge(config, device, **judging))
         self.context = Context(self.writers, self.seeds, self.max_length, self.judge)
         rows_used = f"{len(self.prompts)} of {self.loaded.rows} rows used"

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from sparring.actors.launch import serving
 from sparring.actors.local import LocalWriter
@@ -32,10 +32,11 @@ from sparring.data.stage_files import (
     shards_of,
     write,
 )
+from sparring.journal import Journal
 from sparring.judges.bench import Bench
 from sparring.judges.make import make_judge
 from sparring.keys import key
-from sparring.methods.base import Context, NoJudge, Sampling, Writer
+from sparring.methods.base import Context, Sampling, Writer
 from sparring.methods.rounds import Kind, cannot_rank, rank, settings, written
 from sparring.model import policy
 from sparring.model.start import computed_in
@@ -152,8 +153,10 @@ def rank_responses(config: Config, bars: Bars) -> Path:
     """Rank responses, file by file; the folder."""
     keys, folder = config.method, opened(config.method.output_dir, keys_as_text(config))
     files = shards_of(keys.responses, "responses")
-    judge = make_judge(config, policy.pick_device(config.model.device), tick=bars.moved, say=bars.say)
-    if isinstance(judge, NoJudge):
+    ledger = Journal(folder)
+    about: dict[str, Any] = {"tick": bars.moved, "say": bars.say, "spent": ledger.spent_on_judging()}
+    judge = make_judge(config, policy.pick_device(config.model.device), **about)
+    if not isinstance(judge, Bench):
         raise ValueError("no judge: add --judge (verifier, reward_model, pairrm, llm, human)")
     told = keys.comparisons_per_response, keys.swiss_turns
     if reason := cannot_rank(keys.ranking, judge, *told):
@@ -166,16 +169,19 @@ def rank_responses(config: Config, bars: Bars) -> Path:
                 continue
             rows = read(file, NEEDS)
             groups = groups_of(rows)
-            judged = rank(groups, context, keys.ranking, settings(keys.ranking, *told))
+            try:
+                judged = rank(groups, context, keys.ranking, settings(keys.ranking, *told))
+            finally:  # what failed has cost something as well
+                ledger.judging({"judge": judge.name} | judge.bill())
             judgments.mkdir(exist_ok=True)
             write(judgments / file.name, map(to_row, judged.judgments))
             places = {(s.prompt_id, s.place): s for s in judged.standings}
             write(ranked, (dict(row) | _standing(places, row) for row in rows))
-    if isinstance(judge, Bench):
-        for text in judge.warnings():
-            bars.say(text, "yellow")
-        bill = ", ".join(f"{name} {value:,.6g}" for name, value in judge.bill().items())
-        bars.say(f"{judge.name}: {bill}", "dim")
+    for text in judge.warnings():
+        bars.say(text, "yellow")
+    bill = ", ".join(f"{name} {value:,.6g}" for name, value in ledger.spent_on_judging().items())
+    bars.say(f"{judge.name}: {bill}", "dim")
+    judge.close()
     return folder
 
 

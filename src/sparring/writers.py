@@ -149,7 +149,8 @@ class Writers(Mapping[str, Writer]):
                 if self._device.type == "cuda":
                     torch.cuda.empty_cache()
 
-        label = f"{name}@{Path(where).name}" if name == "previous" else f"{name}@0"
+        moved = name == "previous" and where != self._config.model.model_name_or_path
+        label = f"{name}@{Path(where).name}" if moved else f"{'start' if name == 'previous' else name}@0"
         return self._local(playing, lambda: label)
 
     def _local(self, playing: Callable[[], Any], source: Callable[[], str], *, alone: bool = False) -> Writer:

@@ -129,12 +129,11 @@ def texts_of(config: DataConfig) -> Iterator[str]:
 
 
 def question(content: Content) -> str:
-    """What is asked, as a person reads it: the text; one message's; or a conversation's turns under their roles."""
+    """What is asked, as a person reads it: the text; a single message's; or a conversation's turns under their roles."""
     if isinstance(content, str):
         return content
-    asked = [turn for turn in content if turn["role"] != "system"]
-    if len(asked) == 1:
-        return asked[0]["content"] or ""
+    if len(content) == 1:
+        return content[0]["content"] or ""
     return "\n\n".join(f"{turn['role'].capitalize()}: {turn['content'] or ''}" for turn in content)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -99,13 +100,18 @@ def comparisons(rows: Sequence[Mapping[str, Any]], seeds: Seeds) -> Iterator[tup
     """Each row's two responses in a random order, and whether the rejected one comes first; ValueError for a row without them."""
     for number, row in enumerate(rows):
         sides = [_text(number, row, name) for name in ("chosen", "rejected")]
-        asked = row.get("prompt")
+        asked = row.get("asked") or row.get("prompt")  # a run's own pairs have the rendered prompt besides
         if asked is None:
             raise ValueError(f"row {number} has no prompt: it has {', '.join(row)}")
         turned = seeds.random("turned", number).random() < 0.5
-        a, b = (Response(text, tokens(()), "given") for text in (reversed(sides) if turned else sides))
-        text = question(asked)
-        yield Comparison(Prompt(number, text, tokens(()), row=row, question=text, content=asked), a, b), turned
+        ends = [row.get(f"{name}_finished") is not False for name in ("chosen", "rejected")]
+        both = [Response(text, tokens(()), "given", end) for text, end in zip(sides, ends, strict=True)]
+        a, b = reversed(both) if turned else both
+        text, about = question(asked), row.get("row")
+        own = (
+            json.loads(about) if isinstance(about, str) and about.startswith("{") else row
+        )  # as `sparring pairs` keeps it
+        yield Comparison(Prompt(number, text, tokens(()), row=own, question=text, content=asked), a, b), turned
 
 
 def _text(number: int, row: Mapping[str, Any], name: str) -> str:

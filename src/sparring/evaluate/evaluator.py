@@ -26,7 +26,7 @@ Answers = list[tuple[Response, Response]]
 class Evaluator:
     """Lets the policy answer held-out prompts, sampled and greedy, and the run's judge say what the answers are worth.
 
-    eval/win_rate: mean of P(policy's response beats the start's), a tie and what could not be judged counting 1/2, with a 95%
+    eval/win_rate: mean of P(policy's response beats the start's) over what could be judged, a tie counting 1/2, with a 95%
     bootstrap interval over prompts from eval/win_rate_low to eval/win_rate_high; eval/score: mean score, where the judge scores;
     eval/nll: nats per token of given responses, end of turn included; eval/length: tokens; eval/finished: share that ended by
     themselves; eval/not_judged: comparisons, or scores, without an answer. Those of greedy responses end in ``_greedy``. The
@@ -93,10 +93,10 @@ class Evaluator:
             sides = zip(self.prompts, mine, start, strict=True)
             verdicts = [verdict.probability for verdict in judge.compare([Comparison(*each) for each in sides])]
             missing = sum(p is None for p in verdicts)
-            wins = [0.5 if p is None else p for p in verdicts]
-            low, high = interval(wins)
-            found |= {f"eval/win_rate{ending}": sum(wins) / len(wins)}
-            found |= {f"eval/win_rate_low{ending}": low, f"eval/win_rate_high{ending}": high}
+            if wins := [p for p in verdicts if p is not None]:
+                low, high = interval(wins)
+                found |= {f"eval/win_rate{ending}": sum(wins) / len(wins)}
+                found |= {f"eval/win_rate_low{ending}": low, f"eval/win_rate_high{ending}": high}
         return found | {f"eval/not_judged{ending}": float(missing)}
 
     def _answers(self, step: int) -> Answers:
@@ -135,12 +135,10 @@ class Evaluator:
 def in_words(metrics: Mapping[str, float]) -> str:
     """What was measured, sampled first and greedy in parentheses."""
     parts = []
-    if "eval/win_rate" in metrics:
-        wins = (
-            f"{metrics[f'eval/win_rate{e}']:.1%} [{metrics[f'eval/win_rate_low{e}']:.1%}, {metrics[f'eval/win_rate_high{e}']:.1%}]"
-            for e in COLUMNS
-        )
-        parts.append("beats the start {} (greedy {})".format(*wins))
+    for ending, of in zip(COLUMNS, ("", "greedily "), strict=True):
+        if f"eval/win_rate{ending}" in metrics:
+            mean, low, high = (metrics[f"eval/win_rate{part}{ending}"] for part in ("", "_low", "_high"))
+            parts.append(f"{of}beats the start {mean:.1%} [{low:.1%}, {high:.1%}]")
     for name in ("score", "length", "finished"):
         both = [metrics[f"eval/{name}{e}"] for e in COLUMNS if f"eval/{name}{e}" in metrics]
         if both:

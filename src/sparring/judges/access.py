@@ -40,7 +40,8 @@ class Access:
                 f"into the environment variable {env}"
             )
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"judge_base_url is {url!r}: write http://localhost:8000/v1")
+            shown = "no address" if "@" in url else repr(url)  # what stands before an @ may be a password
+            raise ValueError(f"judge_base_url is {shown}: write http://localhost:8000/v1")
         key = os.environ.get(env, "").strip()
         if not key and not _private(parts.hostname):
             raise ValueError(

@@ -18,6 +18,8 @@ class Pairwise(Protocol):
 
     everywhere: ClassVar[bool]  # whether each of several processes judges a share; else the main one judges all
     tally: Counter[str]  # what it cost since it was last looked at: calls, failures, seconds, prompt_tokens, ...
+    # One that looks at nothing but what is asked and the two texts may say so by ``texts_only = True``: rows that differ in
+    # other columns then share its answers.
 
     @property
     def name(self) -> str:

@@ -64,16 +64,20 @@ class Bench:
     def compare(self, asked: Sequence[Comparison]) -> list[Verdict]:
         """One verdict for each comparison, in order."""
         people = [self.override(each) if self.override else None for each in asked]
-        left = [each for each, said in zip(asked, people, strict=True) if said is None]
+        same = [not self.scores and each.a.text == each.b.text for each in asked]  # nobody need be asked
+        known = [Verdict(0.5) if alike else None for alike in same]
+        known = [now if said is None else Verdict(said, by="human") for said, now in zip(people, known, strict=True)]
+        left = [each for each, verdict in zip(asked, known, strict=True) if verdict is None]
         verdicts = iter(self._by_scores(left) if self.scores else self._by_pairs(left))
-        return [next(verdicts) if said is None else Verdict(said, by="human") for said in people]
+        return [next(verdicts) if verdict is None else verdict for verdict in known]
 
     def score(self, asked: Sequence[tuple[Prompt, Response]]) -> list[float | None]:
         """Each response's score, in order; ValueError where the judge only compares."""
         judge: Any = self.judge
         if not self.scores:
             raise ValueError(f"{self.name} compares two responses and scores none: choose another ranking than score")
-        rows = {id(prompt): repr(sorted(prompt.row.items())) for prompt, _ in asked}  # a verifier reads the row
+        prompts = {id(prompt): prompt for prompt, _ in asked}
+        rows = {number: _row(prompt) for number, prompt in prompts.items()}  # a verifier reads the row
         texts = [(p.asked, rows[id(p)], r.text, str(r.finished)) for p, r in asked]
         sizes = [len(prompt.token_ids) + len(response.token_ids) for prompt, response in asked]
         return self._answers(lambda places: judge.score([asked[i] for i in places]), texts, sizes)
@@ -98,10 +102,11 @@ class Bench:
         return new
 
     def _by_scores(self, asked: Sequence[Comparison]) -> list[Verdict]:
-        sides = [(each.prompt, side) for each in asked for side in (each.a, each.b)]
-        scores = self.score(sides)
+        sides = {(id(each.prompt), id(side)): (each.prompt, side) for each in asked for side in (each.a, each.b)}
+        scores = dict(zip(sides, self.score(list(sides.values())), strict=True))
         verdicts = []
-        for s, t in zip(scores[::2], scores[1::2], strict=True):
+        for each in asked:
+            s, t = (scores[id(each.prompt), id(side)] for side in (each.a, each.b))
             verdicts.append(Verdict(None if s is None or t is None else bradley_terry(self.scale * (s - t))))
         return verdicts
 
@@ -118,7 +123,8 @@ class Bench:
         both = self.orders == "both" and not judge.symmetric
         shown += turned if both else []
         sizes = [len(each.prompt.token_ids) + len(each.a.token_ids) + len(each.b.token_ids) for each in shown]
-        found = self._answers(lambda places: judge.compare([shown[i] for i in places]), list(map(_texts, shown)), sizes)
+        texts = [_texts(each) if getattr(judge, "texts_only", False) else _whole(each) for each in shown]
+        found = self._answers(lambda places: judge.compare([shown[i] for i in places]), texts, sizes)
         first = [None if p is None else 1 - p if swap[i] else p for i, p in enumerate(found[: len(asked)])]
         if not both:
             return [Verdict(p) for p in first]
@@ -143,22 +149,24 @@ class Bench:
         mine = [missing[i] for i in shares[self.world.rank]] if self.world.rank < len(shares) else []
         together = self.judge.everywhere and self.world.size > 1  # a sharded model's weights are gathered by all
         fresh: dict[str, float | None] = {}
-        # Each is on the disk at once: an interrupted round has paid for what it has.
-        asking = ask(mine) if mine or together else _nothing()
-        with contextlib.closing(asking) as answers:  # what goes wrong here stops the judge
-            for place, answer in answers:
-                if answer is not None and not math.isfinite(answer):  # weights that overflow, say
-                    self.spent["failures"] += 1
-                    answer = None
-                fresh[keys[mine[place]]] = answer
-                self._keep({keys[mine[place]]: answer})
-                self.tick(1)
+        try:
+            # Each is on the disk at once: an interrupted round has paid for what it has.
+            asking = ask(mine) if mine or together else _nothing()
+            with contextlib.closing(asking) as answers:  # what goes wrong here stops the judge
+                for place, answer in answers:
+                    if answer is not None and not math.isfinite(answer):  # weights that overflow, say
+                        self.spent["failures"] += 1
+                        answer = None
+                    fresh[keys[mine[place]]] = answer
+                    self._keep({keys[mine[place]]: answer})
+                    self.tick(1)
+        finally:  # what failed has cost something as well
+            for what, count in self.judge.tally.items():
+                self.spent["seconds_waiting" if what == "seconds" else what] += count
+            self.judge.tally.clear()
         if self.world.size > 1:
             fresh = self._told([keys[i] for i in missing], fresh)
             self._keep(fresh)
-        for what, count in self.judge.tally.items():
-            self.spent["seconds_waiting" if what == "seconds" else what] += count
-        self.judge.tally.clear()
         self.spent["seconds"] += time.perf_counter() - began
         known |= fresh
         return [known.get(key) for key in keys]
@@ -190,6 +198,15 @@ def _agreed(p: float | None, q: float | None) -> Verdict:
     agree = (p > 0.5) == (q > 0.5) and (p < 0.5) == (q < 0.5)
     contradict = (p - 0.5) * (q - 0.5) < 0
     return Verdict(0.5 if contradict else (p + q) / 2, agree)
+
+
+def _row(prompt: Prompt) -> str:
+    return repr(sorted(prompt.row.items()))
+
+
+def _whole(each: Comparison) -> tuple[str, ...]:
+    """All that a judge could look at: not the texts alone."""
+    return *_texts(each), _row(each.prompt), str(each.a.finished), str(each.b.finished)
 
 
 def _texts(each: Comparison) -> tuple[str, ...]:

@@ -100,6 +100,7 @@ class HumanJudge:
 
     symmetric = True
     everywhere: ClassVar[bool] = False
+    texts_only: ClassVar[bool] = True
 
     def __init__(self, path: str | Path) -> None:
         self.labels = labels(path)

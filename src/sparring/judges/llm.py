@@ -46,6 +46,7 @@ class LLMJudge:
 
     symmetric = False
     everywhere: ClassVar[bool] = False
+    texts_only: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -59,6 +59,7 @@ class PairRM:
 
     symmetric = True
     everywhere: ClassVar[bool] = True
+    texts_only: ClassVar[bool] = True
 
     def __init__(
         self,

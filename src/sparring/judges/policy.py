@@ -37,6 +37,7 @@ class PolicyJudge:
 
     symmetric = False
     everywhere: ClassVar[bool] = True
+    texts_only: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -14,6 +14,7 @@ import re
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -93,7 +94,12 @@ class Instruction:
         texts = dict(zip(NEEDED, map(harmless, (question, a, b)), strict=True))
         code = tag(*texts.values())
         fences = {name: fenced(NAMES[name], text, code) for name, text in texts.items()}
-        return TEMPLATES.from_string(self.source).render(**fences, tag=code, by=self.by)
+        return _compiled(self.source).render(**fences, tag=code, by=self.by)
+
+
+@lru_cache(maxsize=8)
+def _compiled(source: str) -> jinja2.Template:
+    return TEMPLATES.from_string(source)
 
 
 NAMES = {"question": "question", "a": "response A", "b": "response B"}

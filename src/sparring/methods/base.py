@@ -139,7 +139,8 @@ class Cadence:
     """What a method asks of the loop. Counts are of prompts, pairs and optimizer updates."""
 
     rounds: int | None = None  # None: as many as the updates need; else a round's updates go over its pairs
-    prompts_per_round: int | None = None  # None: all of them
+    prompts_per_round: int | None = None  # None: all of them; where rounds share the prompts out, at most
+    shared_out: bool = False  # counted rounds share the prompts out evenly, each prompt once
     updates_per_round: int | None = None  # None: the one round has all updates
     generate_ahead: int = 1  # rounds whose responses are generated together
     buffer_size: int | None = None  # pairs that stay; None: all; 0: the round's own

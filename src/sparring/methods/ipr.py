@@ -91,6 +91,10 @@ class IPR(Judging, Contest):
         loss = losses.hinge if self.loss_type == "hinge" else losses.dpo
         return loss(*ratios, beta=beta)
 
+    def has_target(self) -> bool:
+        """The squared ones have."""
+        return self.loss_type in ("ipo", "sppo")
+
     def own_beta(self) -> float:
         """The losses' own strengths."""
         return {"simpo": 2.5, "sppo": 0.001}.get(self.loss_type, 0.1)

@@ -104,6 +104,10 @@ class IPO(Offline):
     beta: float = key(0.1, "The paper's tau: the margin aimed at is 1/(2 tau)", above=0)
     token_mean: bool = key(True, "Log-ratios per token, as in the authors' results; false: summed")
 
+    def has_target(self) -> bool:
+        """1/(2 tau)."""
+        return True
+
     def preference(self, logps: LogProbs) -> Tensor:
         """(h - 1/(2 tau))^2, eq. 17."""
         ratios = logps.chosen_ratio, logps.rejected_ratio, logps.chosen_tokens, logps.rejected_tokens
@@ -205,6 +209,10 @@ class SPPOOffline(Offline):
     paper: ClassVar[str] = "2405.00675"
     defaults: ClassVar[Mapping[str, Any]] = {"learning_rate": 5e-7, "optim": "rmsprop"}
     beta: float = key(0.001, "1/eta: the target log-ratio is (win rate - 1/2)/beta", above=0)
+
+    def has_target(self) -> bool:
+        """P(y) - 1/2, times eta."""
+        return True
 
     def pair(self, groups: Sequence[Group], judged: Judged, context: Context) -> Paired:
         """As given; chosen_probs_win and chosen_probs_lose are the two responses' win rates. ValueError for a row without them."""

@@ -54,6 +54,11 @@ class Preference(Method):
         terms = {}
         penalty = self.bcr_lambda * self._over_budget(logps) if self.budgeted else None
         if penalty is not None and self.bcr_place == "inside":
+            if self.has_target() or not self.preference_weight:
+                raise ValueError(
+                    "bcr_place inside shows the preference term a lower chosen log-prob, which a term with a target may like, and "
+                    "which one of weight 0 does not see: use bcr_place outside"
+                )
             tokens = logps.chosen_tokens if self.bcr_on == "token_mean" else 1.0
             logps, penalty = replace(logps, chosen=logps.chosen - penalty * tokens), None
         if self.preference_weight:
@@ -80,6 +85,10 @@ class Preference(Method):
     def _over_budget(self, logps: LogProbs) -> Tensor:
         about = {"delta": self.bcr_delta, "on": self.bcr_on, "form": self.bcr_form}
         return bounds.budget_penalty(logps.chosen_ratio, logps.chosen_tokens, **about)  # type: ignore[arg-type]
+
+    def has_target(self) -> bool:
+        """Whether the preference term grows on both sides of a target, so that a lower chosen log-prob may please it."""
+        return False
 
     def own_nll_weight(self) -> float:
         """The method's own weight of the NLL."""

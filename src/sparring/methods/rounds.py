@@ -44,6 +44,7 @@ class Rounds(Method):
         return Cadence(
             rounds=self.rounds,
             prompts_per_round=min(prompts, self.prompts_per_round or math.ceil(prompts / self.rounds)),
+            shared_out=self.prompts_per_round is None,
             buffer_rounds=self.rounds_trained_on(),
             pairs_per_prompt=self.pairs_per_prompt(),
             reference="none",
@@ -206,6 +207,8 @@ def cannot_rank(kind: Kind, judge: Judge, comparisons: int | None, turns: int | 
     for name, value, reader in read_by:
         if value is not None and kind != reader:
             return f"{name} is {value}, which is read by ranking {reader}, and ranking is {kind}: leave it out"
+    if kind == "score" and getattr(judge, "override", None) is not None:
+        return "human_labels compare two responses, and ranking score asks for no comparison: choose another ranking"
     if kind != "score" or judge.scores:
         return None
     return f"ranking is score, and {judge.name} compares two responses and scores none: choose another ranking"

@@ -43,7 +43,7 @@ class SPIN(Contest):
     def cadence(self, batch_size: int, prompts: int) -> Cadence:
         """Every round has all prompts, unless prompts_per_round says otherwise."""
         made = super().cadence(batch_size, prompts)
-        return made if self.prompts_per_round else replace(made, prompts_per_round=prompts)
+        return made if self.prompts_per_round else replace(made, prompts_per_round=prompts, shared_out=False)
 
     def rounds_trained_on(self) -> int:
         """This round's pairs and those before it."""

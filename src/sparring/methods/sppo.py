@@ -11,6 +11,7 @@ from sparring.keys import key
 from sparring.methods.base import Context, LogProbs
 from sparring.methods.rounds import Contest, Judging
 from sparring.pairing import Judged, Paired, all_of, best_of
+from sparring.ranking import bradley_terry
 from sparring.records import Group, Pair
 
 if TYPE_CHECKING:
@@ -53,7 +54,10 @@ class SPPO(Judging, Contest):
         matched = [pair for pair in paired.pairs if pair.rejected_scored != (0, 0)]
         if len(matched) < len(paired.pairs):  # these two targets come from an opponent, and the odd one has none
             paired.dropped["no opponent"] += len(paired.pairs) - len(matched)
-        return replace(paired, pairs=single(matched, groups, judged) if self.loss_type == "sppo_single" else matched)
+        return replace(
+            paired,
+            pairs=single(matched, groups, judged, context.judge.scale) if self.loss_type == "sppo_single" else matched,
+        )
 
     def preference(self, logps: LogProbs) -> Tensor:
         """1/2 [(lw - (P(w) - 1/2)/beta)^2 + (ll - (P(l) - 1/2)/beta)^2], eq. 4.7; hard: half of TRL's sppo_hard."""
@@ -62,14 +66,22 @@ class SPPO(Judging, Contest):
             return 0.5 * losses.sppo_hard(*ratios, beta=self.strength)
         return losses.sppo(*ratios, logps.chosen_win_rate, logps.rejected_win_rate, beta=self.strength)
 
+    def has_target(self) -> bool:
+        """P(y) - 1/2, times eta."""
+        return True
+
     def own_beta(self) -> float:
         """The published one."""
         return 0.001
 
 
-def single(pairs: Sequence[Pair], groups: Sequence[Group], judged: Judged) -> list[Pair]:
-    """The pairs with P(w > l) and 1 - P(w > l) as rates; where the two were not compared, 1/2 plus half their rates' difference."""
+def single(pairs: Sequence[Pair], groups: Sequence[Group], judged: Judged, scale: float) -> list[Pair]:
+    """The pairs with P(w > l) and 1 - P(w > l) as rates: as compared; by Bradley and Terry where both have a score.
+
+    Where the two were neither: 1/2 plus half their rates' difference.
+    """
     by_id = {group.prompt.id: group.responses for group in groups}
+    scores = {(s.prompt_id, s.place): s.score for s in judged.standings}
     found = {(j.prompt_id, j.a, j.b): j.probability for j in judged.judgments if j.probability is not None}
     made = []
     for pair in pairs:
@@ -78,6 +90,9 @@ def single(pairs: Sequence[Pair], groups: Sequence[Group], judged: Judged) -> li
         p = found.get((pair.prompt_id, chosen, rejected))
         if p is None and (turned := found.get((pair.prompt_id, rejected, chosen))) is not None:
             p = 1 - turned
+        mine, theirs = (scores.get((pair.prompt_id, place)) for place in (chosen, rejected))
+        if p is None and mine is not None and theirs is not None:
+            p = bradley_terry(scale * (mine - theirs))
         if p is None:
             p = 0.5 + (pair.chosen_win_rate - pair.rejected_win_rate) / 2
         made.append(replace(pair, chosen_win_rate=p, rejected_win_rate=1 - p))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
 
 from sparring import bounds
 from sparring.keys import key
@@ -132,11 +133,13 @@ class TSO(Contest):
             found = [(places[name][0], count) for name, count in map(split, side)]
             return [first + i for first, count in found for i in range(count)]
 
+        judged = not isinstance(context.judge, NoJudge)
         positives, negatives = of(self.positives), of(self.negatives)
         pairs: dict[frozenset[int], tuple[int, int]] = {}
         for a in positives:
             for b in negatives:
-                if group.responses[a].token_ids != group.responses[b].token_ids:
+                one, other = group.responses[a], group.responses[b]
+                if one.token_ids != other.token_ids and (judged or not _of_one_model(one, other)):
                     pairs.setdefault(frozenset((a, b)), (a, b))
         found = list(pairs.values())
         draw_for(context, "matrix", group).shuffle(found)
@@ -187,7 +190,7 @@ class TSO(Contest):
     def round_metrics(self, groups: Sequence[Group], judged: Judged) -> dict[str, float]:
         """judge/*; diversity/ENTRY and diversity/union: distinct pairs of adjoining tokens (distinct-2, arXiv 1510.03055)."""
         metrics = judging_metrics(judged) if any(j.judge != "stance" for j in judged.judgments) else {}
-        rows = [[list(r.token_ids) for r in group.responses] for group in groups]
+        rows = [[r.token_ids for r in group.responses] for group in groups]
         for name, (first, last) in (self.entries() | {"union": (0, None)}).items():
             share = distinct([ids for row in rows for ids in row[first:last]])
             metrics |= {} if share is None else {f"diversity/{name}": share}
@@ -207,6 +210,11 @@ class TSO(Contest):
         return super().metrics(logps) | dict(zip(("tso/clipped_chosen", "tso/clipped_rejected"), past, strict=True))
 
 
+def _of_one_model(one: Response, other: Response) -> bool:
+    """Whether the same weights wrote both, so that without a judge nobody can say which is better."""
+    return one.source == other.source or {one.source, other.source} <= {"policy@0", "start@0"}
+
+
 def split(text: str) -> tuple[str, int]:
     """An entry's name and how many responses it writes: ``policy*3``; ValueError where that is no number above 0."""
     name, star, count = text.partition("*")
@@ -219,5 +227,6 @@ def split(text: str) -> tuple[str, int]:
 
 def distinct(rows: Sequence[Sequence[int]]) -> float | None:
     """Different pairs of adjoining tokens, as a share of all; None where there is none."""
-    pairs = [pair for ids in rows for pair in itertools.pairwise(ids)]
-    return len(set(pairs)) / len(pairs) if pairs else None
+    arrays = [np.asarray(ids, dtype=np.int64) for ids in rows if len(ids) > 1]
+    pairs = [ids[:-1] << 32 | ids[1:] for ids in arrays]
+    return len(np.unique(np.concatenate(pairs))) / sum(map(len, pairs)) if pairs else None
