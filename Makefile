@@ -39,7 +39,7 @@ check: $(VENV)/.dev ## what CI runs: lint, format, types, tests
 soak: $(VENV)/.dev ## the slow tests
 	$(BIN)/python -m pytest -m slow -n $(WORKERS)
 
-bench: $(VENV)/.dev ## short forms of the benchmarks, under 10 minutes; without lora_memory.py, and the long demo_table.py, methods_table.py, planted_error.py, noisy_judge.py
+bench: $(VENV)/.dev ## short forms of the benchmarks, under 10 minutes; without lora_memory.py, and the long demo_table.py, methods_table.py, planted_error.py, noisy_judge.py, bcr.py
 	@for script in step_vs_trl generation sapo_loop scaling gpu; do \
 	  echo "== $$script"; $(BIN)/python benchmarks/$$script.py --quick; done
 

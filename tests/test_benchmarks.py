@@ -140,6 +140,7 @@ def test_make_bench_names_every_script_or_says_why_not() -> None:
     makefile = (BENCHMARKS.parent / "Makefile").read_text()
     scripts = {path.stem for path in BENCHMARKS.glob("[a-z]*.py")}
     assert scripts == {
+        "bcr",
         "demo_table",
         "generation",
         "gpu",

@@ -15,7 +15,7 @@ from toys import toy_tokenizer
 
 from sparring.config import DataConfig
 from sparring.data.chat import Chat
-from sparring.data.datasets import Loaded, Need, Row, load, texts_of
+from sparring.data.datasets import Loaded, Need, Row, load, question, texts_of
 
 ROW = {"prompt": "two and two?", "completion": "four", "chosen": "four", "rejected": "five"}
 PAIR = {"prompt": "two and two?", "chosen": "four", "rejected": "five"}
@@ -473,3 +473,9 @@ def test_a_response_that_had_no_end_is_given_none_and_tokens_of_another_tokenize
     assert cut.cut == []  # nothing was cut here
     other = said | {"completion_token_ids": [5, 6, 7], "completion_finished": True}
     assert load(DataConfig(dataset_name="rows"), chat, need="responses", rows=[other]).prompts[0].human == whole
+
+
+def test_a_system_message_is_part_of_what_is_asked() -> None:
+    system = {"role": "system", "content": "Answer in French."}
+    assert question([user("Hi")]) == "Hi"
+    assert question([system, user("Hi")]) == "System: Answer in French.\n\nUser: Hi"

@@ -440,3 +440,58 @@ def test_a_write_that_fails_leaves_the_file_open_for_the_next(cache: Cache) -> N
     assert cache.known(["good"]) == {}
     cache.keep({"good": 0.75})
     assert cache.known(["good"]) == {"good": 0.75}
+
+
+class Gold(Pairs):
+    """A judge of pairs that reads the row."""
+
+    def compare(self, asked: Sequence[Comparison]) -> Iterator[tuple[int, float | None]]:
+        for place, each in enumerate(asked):
+            self.tally["calls"] += 1
+            yield place, float(each.a.text == each.prompt.row["gold"] and each.a.finished)
+
+
+def test_a_judge_of_pairs_that_reads_the_row_shares_no_answer_between_rows_unless_it_says_that_it_may() -> None:
+    rows = [replace(ASKED, row={"gold": gold}) for gold in ("1", "2")]
+    asked = [compared(1, 2, rows[0]), compared(1, 2, rows[1])]
+    asked.append(replace(asked[0], a=replace(asked[0].a, finished=False)))
+    assert [v.probability for v in Bench(Gold(always(0.0)), orders="given").compare(asked)] == [1.0, 0.0, 0.0]
+    texts = Gold(always(0.0))
+    texts.texts_only = True  # type: ignore[attr-defined]
+    assert len({v.probability for v in Bench(texts, orders="given").compare(asked)}) == 1
+
+
+@pytest.mark.parametrize("orders", ["both", "random", "given"])
+def test_two_equal_texts_are_a_tie_of_which_nobody_is_asked(orders: Any) -> None:
+    judge = Pairs(always(1.0))
+    bench = Bench(judge, orders=orders)
+    assert bench.compare([compared(1, 1), compared(1, 2)])[0] == Verdict(0.5)
+    assert set(judge.shown) <= {("5 6", "1", "2"), ("5 6", "2", "1"), (ASKED.asked, "1", "2"), (ASKED.asked, "2", "1")}
+
+
+def test_what_a_judge_spent_before_it_failed_is_on_the_bill() -> None:
+    def fails(a: str, b: str) -> float:
+        if a == "1":
+            raise ConnectionError("gone")
+        return 1.0
+
+    bench = Bench(Pairs(fails), orders="given")
+    with pytest.raises(ConnectionError):
+        bench.compare([compared(1, 2), compared(3, 4), compared(5, 6)])
+    assert bench.bill()["calls"] == 3
+
+
+def test_closing_ends_the_judge_that_was_made_for_the_bench_and_no_other(tmp_path: Path) -> None:
+    closed: list[str] = []
+
+    class Closing(Pairs):
+        def close(self) -> None:
+            closed.append(self.identity)
+
+    for mine, name in ((False, "given"), (True, "made")):
+        store = Cache(tmp_path / "answers.sqlite")
+        bench = Bench(Closing(always(1.0), identity=name), cache=store, closes=mine)
+        bench.close()
+        with pytest.raises(sqlite3.ProgrammingError):
+            store.known(["x"])
+    assert closed == ["made"]

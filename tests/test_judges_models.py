@@ -178,12 +178,12 @@ def test_a_score_that_is_not_finite_is_no_answer(tmp_path: Path) -> None:
         ({}, "Why?", [{"role": "user", "content": "Why?"}]),
         (
             {"prompt": [SYSTEM, {"role": "user", "content": "Why?"}]},
-            "Why?",
+            "System: Be brief.\n\nUser: Why?",
             [SYSTEM, {"role": "user", "content": "Why?"}],
         ),
         (
             {"talk": [SYSTEM, {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "No."}]},
-            "Why?",
+            "System: Be brief.\n\nUser: Why?",
             [SYSTEM, {"role": "user", "content": "Why?"}],
         ),
         (

@@ -220,6 +220,14 @@ def test_sppo_single_falls_back_on_the_win_rates_where_the_two_never_met() -> No
     assert (pair.chosen_win_rate, pair.rejected_win_rate) == pytest.approx((0.8, 0.2))  # 1/2 + (0.9 - 0.3)/2
 
 
+def test_sppo_single_s_target_by_scores_is_bradley_and_terry_of_the_two() -> None:
+    judge = Judging(scored=lambda response: number(response) / 100)
+    ((pair,), _) = pairs_of(SPPO(loss_type="sppo_single", ranking="score"), [THREE], judge)
+    assert names([pair]) == [(30, 10)]
+    assert pair.chosen_win_rate == pytest.approx(bradley_terry(judge.scale * 0.2))
+    assert pair.rejected_win_rate == pytest.approx(1 - pair.chosen_win_rate)
+
+
 @pytest.mark.parametrize("count", [2, 4, 5])
 def test_training_on_all_is_the_mean_over_pairs_with_every_response_once(count: int) -> None:
     ids = [10 * (n + 1) for n in range(count)]

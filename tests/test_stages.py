@@ -105,9 +105,8 @@ def test_ranked_files_have_their_responses_names_so_that_one_that_comes_later_is
     late = (responses / "00000.parquet").rename(tmp_path / "late.parquet")
     assert rank(inputs, responses, ranked) == 0
     late.rename(responses / "00000.parquet")
-    assert (
-        rank(inputs, responses, ranked, "--judge_concurrency", "2", "--verifier_timeout", "9") == 0
-    )  # not what files depend on
+    free = ("--judge_concurrency", "2", "--verifier_timeout", "9")  # not what files depend on
+    assert rank(inputs, responses, ranked, *free) == 0
     assert [row["prompt_id"] for row in rows_of(ranked)] == [n for n in range(5) for _ in range(4)]
     assert main(["pairs", "--ranked", str(ranked), "--output_dir", str(pairs)]) == 0
     assert {file.name for file in pairs.glob("*.parquet")} <= {file.name for file in responses.glob("*.parquet")}
@@ -136,6 +135,22 @@ def test_what_cannot_be_is_said(inputs: dict[str, str], tmp_path: Path, capsys: 
     words = ["rank", "--responses", str(folder), "--output_dir", str(tmp_path / "z"), "--ranking", "score"]
     assert main([*words, "--judge", "human", "--human_labels", str(people)]) == 2
     assert "scores none" in capsys.readouterr().err
+    words[words.index(str(tmp_path / "z"))] = str(tmp_path / "w")
+    overruled = [*words, "--judge", "verifier", "--verifier", inputs["verifier"], "--human_labels", str(people)]
+    assert main(overruled) == 2
+    assert "asks for no comparison" in capsys.readouterr().err
+
+
+def test_a_judge_of_given_pairs_sees_the_question_the_row_and_how_responses_ended() -> None:
+    chat = {"asked": "2+2?", "prompt": "<|im_start|>user\n2+2?<|im_end|>", "chosen": "4", "rejected": "5"}
+    stage = {"prompt": "2+2?", "chosen": "4", "rejected": "5", "chosen_finished": False, "row": '{"answer": "#### 4"}'}
+    (own, turned), (made, also) = comparisons([chat, stage], Seeds(0))
+    assert own.prompt.asked == made.prompt.asked == "2+2?"
+    assert made.prompt.row == {"answer": "#### 4"}
+    chosen, rejected = (made.b, made.a) if also else (made.a, made.b)
+    assert (chosen.text, chosen.finished, rejected.text, rejected.finished) == ("4", False, "5", True)
+    assert {own.a.text, own.b.text} == {"4", "5"}
+    assert turned in (True, False)
 
 
 def test_a_judge_is_held_against_given_pairs(inputs: dict[str, str], tmp_path: Path) -> None:
