@@ -22,6 +22,7 @@ WHOLE = replace(
     round=4,
     written_at=120,
     serial=17,
+    asked="What?",
 )
 ALONE = pair([5], [10, 2], None)
 
@@ -48,6 +49,7 @@ def test_a_pair_s_row_has_the_columns_prompt_chosen_and_rejected_as_text_and_eve
         "round": 4,
         "written_at": 120,
         "serial": 17,
+        "asked": "What?",
     }
 
 
