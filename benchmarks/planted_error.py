@@ -35,7 +35,11 @@ NAMES = (
     "Iterative DPO",
     "Iterative DPO + NLL",
 )
-CONTENDERS = tuple(next(c for c in (*CONTROLS, *JUDGED) if c.name == name) for name in NAMES)
+ROUNDS = next(c for c in CONTROLS if c.name == "Best of 5, three rounds")
+LONGER = replace(
+    ROUNDS, name=f"{ROUNDS.name}, three times the updates", changes=ROUNDS.changes | {"num_train_epochs": 12.0}
+)
+CONTENDERS = (*(next(c for c in (*CONTROLS, *JUDGED) if c.name == name) for name in NAMES), LONGER)
 
 
 def begin_again(rows: Rows, seed: int) -> Rows:
