@@ -199,6 +199,8 @@ def test_rounds_with_a_judge_are_played_by_two_processes_as_by_one(
         "max_length": 96 if judge == "verifier" else 1024,
         "max_prompt_length": 48,
         "report_to": "none",
+        "eval_dataset_name": inputs[1],
+        "eval_max_samples": 5,
     }
     extra = (
         {"verifier": f"{tmp_path / 'check.py'}:score"}
@@ -215,6 +217,9 @@ def test_rounds_with_a_judge_are_played_by_two_processes_as_by_one(
         )
         assert done.returncode == 0, done.stderr[-3000:]
     one, two = figures(tmp_path / "one"), figures(tmp_path / "two")
+    begun = one.pop(0), two.pop(0)
+    assert begun[1] == pytest.approx(begun[0], rel=1e-4)  # the start on held-out prompts
+    assert [line["eval/win_rate"] for line in two if "eval/win_rate" in line]
     assert one[0]["judge/comparisons"] == two[0]["judge/comparisons"] > 0
     assert one[0]["judge/failures"] == two[0]["judge/failures"] == 0
     first = [next(line for line in lines if "loss" in line) for lines in (one, two)]
