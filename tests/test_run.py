@@ -44,6 +44,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_sapo_leaves_an_ordinary_folder_that_says_where_it_comes_from(model: Path, rows: Path, tmp_path: Path) -> None:
     method = sparring.SAPO(segment_tokens=6, beta=0.2, reference_every=2)
     run = sparring.train(method, model_name_or_path=model, dataset_name=rows, output_dir=tmp_path / "run", **SMALL)
+    assert {file.name for file in (run.folder / "rounds/00000").iterdir()} == {"responses.parquet", "pairs.parquet"}
     start = AutoModelForCausalLM.from_pretrained(model)
     result = AutoModelForCausalLM.from_pretrained(run.model)
     average = AutoModelForCausalLM.from_pretrained(run.folder / "model_ema")

@@ -48,7 +48,7 @@ class Update:
 
 
 class Keeper(Protocol):
-    """Keeps what a round wrote and judged, shard by shard, so that nothing is done twice."""
+    """Keeps what a counted round wrote and judged, shard by shard, so that nothing is done twice."""
 
     def groups(
         self, number: int, shard: int, prompts: Sequence[Prompt], make: Callable[[], list[Group]]
@@ -223,26 +223,26 @@ def _prepare(
     count = prompts_of_round(cadence, now.round, len(prompts))
     taken = take(prompts, now.visits, count * cadence.generate_ahead, context.seeds)
     visits = len(taken)
-    if (
-        cadence.rounds is not None
-    ):  # judgments are told apart by their prompt, which may come up again at an epoch's end
+    counted = cadence.rounds is not None
+    if counted:  # judgments are told apart by their prompt, which may come up again at an epoch's end
         taken = list({prompt.id: prompt for prompt in taken}.values())
     groups: list[Group] = []
     aside: list[tuple[Group, int, int]] = []
     judged = Judged([])
-    each = shard if shard and cadence.rounds is not None else max(1, len(taken))
+    each = shard if shard and counted else max(1, len(taken))
     for number, first in enumerate(range(0, len(taken), each)):
         some, visit = taken[first : first + each], now.visits + first
-        made = keeper.groups(now.round, number, some, partial(method.respond, some, visit, context))
+        respond = partial(method.respond, some, visit, context)
+        made = keeper.groups(now.round, number, some, respond) if counted else respond()
         groups += made
-        if cadence.rounds is not None:
+        if counted:
             found = keeper.judged(now.round, number, partial(method.judge, made, context))
             judged.judgments.extend(found.judgments)
             judged.standings.extend(found.standings)
     per_round = len(groups) // cadence.generate_ahead
     for ahead in range(cadence.generate_ahead):
         mine = groups[ahead * per_round : (ahead + 1) * per_round]
-        if cadence.rounds is None:
+        if not counted:
             judged = method.judge(mine, context)
         paired = method.pair(mine, judged, context)
         state.ahead += [replace(pair, round=now.round + ahead, written_at=now.step) for pair in paired.pairs]

@@ -27,9 +27,7 @@ class Paired:
     pairs: list[Pair]
     dropped: Counter[str] = field(default_factory=Counter)
     counted: Counter[str] = field(default_factory=Counter)  # what else happened, as names of metrics
-    aside: list[tuple[Group, int, int]] = field(
-        default_factory=list
-    )  # for people: a group, and places of two responses
+    aside: list[tuple[Group, int, int]] = field(default_factory=list)  # for people: groups, places of two responses
 
 
 def human_wins(groups: Sequence[Group]) -> list[Judgment]:
