@@ -34,6 +34,7 @@ from sparring.progress import Bars
 
 RESULTS = Path(__file__).parent / "results"
 TUNING_SEED = 100
+T975 = (np.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # of Student's t, by degrees of freedom
 RATES = (5e-4, 1e-3)
 CONTROLS = (
     Contender("SFT continued, 150 steps", "demo_sft_continued", "demonstrations"),
@@ -175,9 +176,13 @@ def written(
     figures: Any,
     *,
     says: str = "",
+    control: str = "",
     columns: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Print the table, and write it where it is no quick one; ``says`` is what it is of, ``columns`` have more."""
+    """Print the table, and write it where it is no quick one; ``says`` is what it is of, ``columns`` have more.
+
+    With a ``control`` each other contender stands against it, seed by seed.
+    """
     lines = [
         f"# {title}, {date.today()}",
         "",
@@ -206,12 +211,35 @@ def written(
             each = [row["rounds"][number] for row in found]
             parts = [cell(each, key) for key in ("pass_sampled", "pass_greedy", "score_sampled")]
             lines.append(f"| ... after round {number + 1} | | {' | '.join(parts)} | | | | |{' |' * len(columns)}")
+    if control:
+        lines += against(figures, control)
     text = "\n".join(lines) + "\n"
     print(text)
     if not given.quick:
         (RESULTS / f"{date.today()}-{name.replace('_', '-')}.md").write_text(text)
     if given.json:
         given.json.write_text(json.dumps({"chosen": chosen, "figures": figures}, indent=1))
+
+
+def against(figures: dict[str, list[dict[str, Any]]], control: str) -> list[str]:
+    """Each contender's difference from ``control`` on the same seeds, in points, with a 95% t-interval over seeds."""
+    lines = [
+        "",
+        f"Differences from *{control}*, seed by seed, in points; 95 % t-intervals over seeds.",
+        "",
+        "| contender | sampled | greedy |",
+        "|---|---|---|",
+    ]
+    for contender, found in figures.items():
+        if contender == control:
+            continue
+        cells = []
+        for key in ("pass_sampled", "pass_greedy"):
+            gaps = np.array([mine[key] - its[key] for mine, its in zip(found, figures[control], strict=True)])
+            half = T975[len(gaps) - 1] * gaps.std(ddof=1) / len(gaps) ** 0.5 if 1 < len(gaps) < 10 else np.nan
+            cells.append(f"{gaps.mean():+.1f} [{gaps.mean() - half:+.1f}, {gaps.mean() + half:+.1f}]")
+        lines.append(f"| {contender} | {' | '.join(cells)} |")
+    return lines
 
 
 def cell(rows: list[dict[str, Any]], name: str) -> str:

@@ -86,7 +86,8 @@ def main() -> None:
     ]
     began = time.perf_counter()
     chosen, figures = tuned(contenders, given, learnt, rates=quick if given.quick else rates)
-    written("methods_table", "Methods with rounds on the demo's tasks", given, began, chosen, figures)
+    title = "Methods with rounds on the demo's tasks"
+    written("methods_table", title, given, began, chosen, figures, control="Best of 5, three rounds")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import random
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from demo_table import Rows, arguments, tuned, written
 from methods_table import CONTROLS, FEW, JUDGED, quick, rates
@@ -81,17 +82,12 @@ def main() -> None:
         contenders, given, learnt, rates=quick if given.quick else rates, planted=begin_again, also=habit
     )
     says = f"{SHARE:.0%} of the demonstrations say their first part once more at the end; habit: responses that end as they began."
-    columns = {"habit, sampled, %": "habit_sampled", "habit, greedy, %": "habit_greedy"}
-    written(
-        "planted_error",
-        "A planted habit, and what removes it",
-        given,
-        began,
-        chosen,
-        figures,
-        says=says,
-        columns=columns,
-    )
+    more: dict[str, Any] = {
+        "columns": {"habit, sampled, %": "habit_sampled", "habit, greedy, %": "habit_greedy"},
+        "control": ROUNDS.name,
+    }
+    title = "A planted habit, and what removes it"
+    written("planted_error", title, given, began, chosen, figures, says=says, **more)
 
 
 if __name__ == "__main__":
