@@ -25,12 +25,14 @@ from sparring.actors.launch import Launched, serving
 from sparring.actors.local import LocalWriter
 from sparring.actors.server import ServerWriter
 from sparring.actors.servers import Running, ServerFailed, Servers, check_servers, running
-from sparring.config import GenerationConfig
+from sparring.config import GenerationConfig, ModelConfig
 from sparring.data.chat import Chat
 from sparring.data.parquet import read
 from sparring.methods.base import Request, Sampling, Writing
 from sparring.methods.sppo import SPPO
-from sparring.records import Candidate, tokens
+from sparring.methods.tso import TSO
+from sparring.model.policy import load_chat
+from sparring.records import Candidate, Pair, tokens
 from sparring.run import train
 
 HERE = Path(__file__).parent
@@ -194,7 +196,9 @@ from sparring.actors.server import ServerWriter
 from sparring.actors.servers import Running
 from sparring.methods.base import Request, Sampling
 from sparring.methods.sppo import SPPO
-from sparring.records import Candidate, tokens
+from sparring.methods.tso import TSO
+from sparring.model.policy import load_chat
+from sparring.records import Candidate, Pair, tokens
 from sparring.run import train
 
 chat = SimpleNamespace(end_ids={1}, end_id=1)
@@ -527,3 +531,28 @@ def test_a_run_has_a_server_of_its_own_in_each_round_with_that_rounds_weights(tm
         for n in (0, 1)
     ]
     assert sources == [{"policy@0"}, {f"policy@{run.metrics[-1]['step'] // 2:.0f}"}]
+
+
+def test_a_server_stands_in_a_matrix_and_its_text_is_tokenized_as_ours(tmp_path: Path) -> None:
+    model, data = toy_folder(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl", 8)
+
+    def chats(number: int, body: dict[str, Any]) -> dict[str, Any]:
+        choice = {"index": 0, "message": {"role": "assistant", "content": "one two ten"}, "finish_reason": "stop"}
+        return {"id": "x", "object": "chat.completion", "choices": [choice], "usage": {"completion_tokens": 4}}
+
+    keys: dict[str, Any] = {"per_device_train_batch_size": 4, "learning_rate": 1e-3, "monitor_steps": 0, "quiet": True}
+    keys |= {"max_length": 96, "max_prompt_length": 48, "dataset_name": str(data), "output_dir": str(tmp_path / "run")}
+    with FaultServer(plan=chats) as server:
+        entry = f"{server.url}#big"
+        matrix = TSO(rounds=2, positives=("human",), negatives=(entry,), pairs_of_prompt=1, max_new_tokens=20)
+        run = train(matrix, model_name_or_path=str(model), **keys)
+    assert run.state == "finished"
+    assert {body["model"] for body in server.asked} == {"big"}
+    assert {body["messages"][0]["content"].partition(" to ")[0] for body in server.asked} == {"count"}
+    assert len(server.asked) == 8  # each prompt once
+    chat = load_chat(ModelConfig(model_name_or_path=str(model)))
+    expected = [*chat.continuation("one two ten"), chat.end_id]
+    theirs = [pair.rejected for file in run.folder.glob("rounds/*/pairs.parquet") for pair in read(file, Pair)]
+    assert theirs
+    assert all(r is not None and list(r.token_ids) == expected and r.finished for r in theirs)
+    assert {r.source for r in theirs if r is not None} == {"big@0"}

@@ -116,6 +116,7 @@ class Session:
             self.chat,
             step=lambda: self.state.counters.step,
             stamp=lambda: f"{self.about['start_fingerprint']} of {config.run.seed}, {self._stamp()}",
+            prompts=self.prompts,
             previous=lambda: self.results.of_a_round_ago(self.state.counters.round),
             lay_down=lambda where: self.results.lay_down(where),
             folder=journal.folder / "serving",
@@ -147,7 +148,6 @@ class Session:
             self.writers.check(name)
         count = self.cadence.prompts_per_round or len(self.prompts)
         shards, requests = math.ceil(count / config.generation.shard_prompts), asked(self.method, 2, self.max_length)[1]
-        folder = journal.folder / "rounds"
         self.probe = Probe(self.learner, self.context, self.journal.folder / "probe.json")
         run_name, report_to = config.run.run_name or journal.folder.name, config.run.report_to
         self.evaluator = None
@@ -159,7 +159,7 @@ class Session:
         counts: dict[str, Any] = {"total_steps": self.total_steps, "updates_per_epoch": self.updates_per_epoch}
         self.chronicle = Chronicle(config, self.cadence, self.state, journal, *hears, **counts, say=self._say)
         self.archive = Archive(
-            folder,
+            journal.folder / "rounds",
             self._stamp,
             bars,
             world,

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 
+from sparring.actors.forms import CHAT, Message
 from sparring.actors.local import LocalWriter
 from sparring.actors.served import Served
-from sparring.actors.servers import check_servers
+from sparring.actors.server import ServerWriter
+from sparring.actors.servers import Running, base_urls, check_installed, check_servers
 from sparring.actors.shared import SharedWriter
 from sparring.config import Config
 from sparring.data.chat import Chat
@@ -24,12 +29,13 @@ from sparring.model import policy
 from sparring.model.parallel import World
 from sparring.model.roles import Role, Roles
 from sparring.model.start import computed_in
+from sparring.records import Prompt
 
 ROLES: tuple[Role, ...] = ("policy", "ema")
 
 
 class Writers(Mapping[str, Writer]):
-    """Writers by name: ``policy``, ``ema``, ``previous``, ``start``, or a model's folder or name on the hub.
+    """Writers by name: ``policy``, ``ema``, ``previous``, ``start``, a model's folder or name on the hub, or a server's URL.
 
     A model that is no role of the run is loaded when it writes and leaves memory after, so that one is there at a time.
     """
@@ -43,6 +49,7 @@ class Writers(Mapping[str, Writer]):
         step: Callable[[], int],
         stamp: Callable[[], str],
         previous: Callable[[], str | None],
+        prompts: Sequence[Prompt],
         lay_down: Callable[[Path], None],
         folder: Path,
         say: Callable[[str], None],
@@ -54,11 +61,11 @@ class Writers(Mapping[str, Writer]):
         """``step`` says how many updates are behind the policy, ``previous`` where that of a round ago lies (None: the start).
 
         For a server ``lay_down`` writes the policy's weights to a folder; what it wrote is kept in ``folder``, under ``stamp``, and
-        ``note`` is told what it was asked.
+        ``note`` is told what it was asked. Servers of a matrix are shown the conversations of ``prompts``.
         """
         self._config, self._roles, self._chat = config, roles, chat
         self._step, self._previous, self._tick = step, previous, tick
-        self._world, self._device = world, device
+        self._world, self._device, self._prompts, self._folder = world, device, prompts, folder
         self._known: dict[str, Writer] = {role: self._role(role) for role in ROLES}
         self._served: Served | None = None
         if config.generation.generation_backend == "server":
@@ -94,6 +101,8 @@ class Writers(Mapping[str, Writer]):
         """The writer of that name; ValueError where there is no such model."""
         if name == "previous":
             return self._loaded(self._previous() or self._config.model.model_name_or_path, "previous")
+        if name not in self._known and name.startswith(("http://", "https://")):
+            self._known[name] = self._at(name)
         if name not in self._known:
             self._known[name] = self._loaded(self._config.model.model_name_or_path if name == "start" else name, name)
         return self._known[name]
@@ -153,6 +162,27 @@ class Writers(Mapping[str, Writer]):
         label = f"{name}@{Path(where).name}" if moved else f"{'start' if name == 'previous' else name}@0"
         return self._local(playing, lambda: label)
 
+    def _at(self, url: str) -> Writer:
+        """A server's model, named behind a #: asked by conversation, so that its tokenizer may be another one."""
+        check_installed()
+        address, _, model = url.partition("#")
+        asked = {p.token_ids.tobytes(): _messages(p) for p in self._prompts}
+        keys = self._config.generation
+        writer = ServerWriter(
+            Running(base_urls(address), model=model or None, api_key=os.environ.get(keys.server_api_key_env) or None),
+            self._chat,
+            source=lambda: f"{model or urlsplit(address).netloc}@0",
+            model_id=url,
+            kept=self._folder / f"{hashlib.blake2b(url.encode(), digest_size=8).hexdigest()}.jsonl",
+            concurrency=keys.server_concurrency,
+            timeout=keys.server_timeout,
+            retries=keys.server_retries,
+            messages=lambda ids: asked[ids.tobytes()],
+            forms=(CHAT,),
+            tick=self._tick,
+        )
+        return writer if self._world.size == 1 else SharedWriter(writer, self._world, self._device, alone=True)
+
     def _local(self, playing: Callable[[], Any], source: Callable[[], str], *, alone: bool = False) -> Writer:
         writer = LocalWriter(
             playing,
@@ -164,6 +194,11 @@ class Writers(Mapping[str, Writer]):
             tick=self._tick,
         )
         return writer if alone or self._world.size == 1 else SharedWriter(writer, self._world, self._device)
+
+
+def _messages(prompt: Prompt) -> Sequence[Message]:
+    content = prompt.text if prompt.content is None else prompt.content
+    return [{"role": "user", "content": content}] if isinstance(content, str) else content
 
 
 def check_generation(config: Config, method: Method) -> None:

@@ -75,15 +75,17 @@ class ServerWriter:
         timeout: float = 600.0,
         retries: int = 5,
         messages: Callable[[Tokens], Sequence[Message] | None] | None = None,
+        forms: Sequence[Form] = (*COMPLETIONS, CHAT),
         tick: Callable[[int], None] = lambda rows: None,
     ) -> None:
         """``kept`` is the file of responses, whose keys hold ``source`` and ``model_id``, the name of the weights.
 
-        ``messages`` gives the conversation of a prompt's tokens, for servers that only chat. ``tick`` is told of finished rows.
+        ``messages`` gives the conversation of a prompt's tokens, for servers that only chat. ``forms`` are tried in turn.
+        ``tick`` is told of finished rows.
         """
         self._servers, self._chat, self._source, self._model_id = servers, chat, source, model_id
         self._kept, self._concurrency, self._timeout, self._retries = Kept(kept), concurrency, timeout, retries
-        self._messages, self._tick = messages, tick
+        self._messages, self._forms, self._tick = messages, tuple(forms), tick
         self._known: dict[str, tuple[str | None, Form | None]] = {}  # by URL: the model's name, the form it takes
         self.tally: Counter[str] = Counter()
 
@@ -207,7 +209,7 @@ class ServerWriter:
         async with server.naming:
             if server.model is None:
                 server.model = await self._first_model(server)
-        forms = (server.form,) if server.form else (*COMPLETIONS, *((CHAT,) if asked.messages else ()))
+        forms = (server.form,) if server.form else tuple(f for f in self._forms if asked.messages or not f.chat)
         refusals = []
         for form in forms:
             kind = server.client.chat.completions if form.chat else server.client.completions

@@ -76,12 +76,17 @@ def base_urls(text: str) -> list[str]:
     return urls
 
 
+def check_installed() -> None:
+    """Raise ValueError where the client of OpenAI's protocol is missing."""
+    if importlib.util.find_spec("openai") is None:
+        raise ValueError(f"generation through servers needs the openai package, which is not installed: {INSTALL}")
+
+
 def check_servers(config: GenerationConfig) -> None:
     """Raise ValueError where the keys about servers cannot work, before time is spent."""
     if config.generation_backend != "server":
         return
-    if importlib.util.find_spec("openai") is None:
-        raise ValueError(f"generation_backend is server, and the openai package is not installed: {INSTALL}")
+    check_installed()
     if (config.server_urls is None) == (config.server_command is None):
         both = "both are given" if config.server_urls else "neither is given"
         raise ValueError(f"generation_backend is server: give either server_urls or server_command; {both}")

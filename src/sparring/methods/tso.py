@@ -45,7 +45,8 @@ class TSO(Contest):
     )
     positives: tuple[str, ...] = key(
         (HUMAN, "policy"),
-        "Who writes chosen responses: human, policy, previous (the policy a round ago), start, a model's folder",
+        "Who writes chosen responses: human, policy, previous (the policy a round ago), start, a model's folder, "
+        "a server's http://host:8000/v1#model",
     )
     negatives: tuple[str, ...] = key(
         ("policy", "previous", "start"),
