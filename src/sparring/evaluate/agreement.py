@@ -107,10 +107,8 @@ def comparisons(rows: Sequence[Mapping[str, Any]], seeds: Seeds) -> Iterator[tup
         ends = [row.get(f"{name}_finished") is not False for name in ("chosen", "rejected")]
         both = [Response(text, tokens(()), "given", end) for text, end in zip(sides, ends, strict=True)]
         a, b = reversed(both) if turned else both
-        text, about = question(asked), row.get("row")
-        own = (
-            json.loads(about) if isinstance(about, str) and about.startswith("{") else row
-        )  # as `sparring pairs` keeps it
+        text, ours = question(asked), "chosen_finished" in row and isinstance(row.get("row"), str)
+        own = json.loads(row["row"]) if ours else row  # `sparring pairs` keeps the data set's row as JSON
         yield Comparison(Prompt(number, text, tokens(()), row=own, question=text, content=asked), a, b), turned
 
 
