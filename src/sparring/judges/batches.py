@@ -15,15 +15,29 @@ from sparring.config import ModelConfig
 from sparring.model import policy
 
 
-def load_judge(kind: Any, config: ModelConfig, device: torch.device, dtype: torch.dtype, **options: Any) -> Any:
-    """``kind``'s model with weights in ``dtype`` on ``device``; ValueError where they are not whole, or not in safetensors."""
+def load_judge(
+    kind: Any,
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    about: Any = None,
+    strict: bool = False,
+    **options: Any,
+) -> Any:
+    """``kind``'s model with weights in ``dtype`` on ``device``; ValueError where they are not whole, or not in safetensors.
+
+    ``about`` is its configuration where the folder has none; with ``strict`` there may be no other weights either.
+    """
     try:
         model, found = kind.from_pretrained(
             config.model_name_or_path,
+            config=about,
             revision=config.model_revision,
             dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below
             **options,
         )
     except OSError as problem:
@@ -34,6 +48,11 @@ def load_judge(kind: Any, config: ModelConfig, device: torch.device, dtype: torc
     if wrong:
         raise ValueError(
             f"{config.model_name_or_path} has no weights that fit {', '.join(wrong[:3])}: it is another kind of model"
+        )
+    if strict and found["unexpected_keys"]:
+        others = ", ".join(sorted(found["unexpected_keys"])[:3])
+        raise ValueError(
+            f"{config.model_name_or_path} has weights beside its own, {others}: it is another kind of model"
         )
     return policy.prepared(model.to(device).requires_grad_(False).eval())
 
