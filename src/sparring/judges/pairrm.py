@@ -1,7 +1,7 @@
 """PairRM (arXiv 2306.02561) as judge: an encoder reads a prompt and two responses, and says how much better the first is.
 
-The published class is ``DebertaV2PairRM`` of the package llm-blender, and the published weights that can be read without
-unpickling are llm-blender/PairRM-hf.
+The published classes are ``DebertaV2PairRM`` and ``CrossCompareReranker`` of the package llm-blender, the published weights
+llm-blender/PairRM-hf and llm-blender/PairRM, both in safetensors.
 """
 
 from __future__ import annotations
@@ -18,12 +18,10 @@ from transformers.models.deberta_v2.modeling_deberta_v2 import DebertaV2Model, D
 from sparring.config import ModelConfig
 from sparring.judges.base import Answers
 from sparring.judges.batches import batches, identity, load_judge, padded, special_marks
+from sparring.judges.blender import ADDED, FIRST, MARKS, SOURCE, read
 from sparring.methods.base import Comparison
 from sparring.model import policy
 from sparring.ranking import bradley_terry
-
-SOURCE, FIRST, SECOND = "<|source|>", "<|candidate1|>", "<|candidate2|>"
-MARKS = {"source_prefix_id": SOURCE, "cand1_prefix_id": FIRST, "cand2_prefix_id": SECOND}  # in the configuration
 
 
 class PairRanker(DebertaV2PreTrainedModel):
@@ -49,12 +47,13 @@ class PairRanker(DebertaV2PreTrainedModel):
 
 
 class PairRM:
-    """Compares by PairRM at ``name``, asked in both orders, ``batch_tokens`` at a time, padding included.
+    """Compares by PairRM at ``name``, in either form, asked in both orders, ``batch_tokens`` at a time, padding included.
 
     P(a beats b) = sigmoid((L_ab - L_ba) / 2). The input is <|source|>, <|candidate1|> and <|candidate2|>, each with its text,
     between [CLS] and [SEP]; the prompt's is as a person reads it. They are cut as the authors cut: the prompt to
     ``source_max_length`` tokens, each response to half of what that leaves of ``source_max_length + 2 candidate_max_length``;
-    comparisons that lost anything are counted under ``cut``. Raises ValueError for what is no PairRM in safetensors.
+    comparisons that lost anything are counted under ``cut``. Without limits given they are 1224 and 412, in LLM-Blender's own
+    form those of its config.json. Raises ValueError for what is no PairRM in safetensors, and where a part of it is missing.
     """
 
     symmetric = True
@@ -69,32 +68,26 @@ class PairRM:
         dtype: torch.dtype,
         batch_tokens: int,
         revision: str = "main",
-        source_max_length: int = 1224,
-        candidate_max_length: int = 412,
+        source_max_length: int | None = None,
+        candidate_max_length: int | None = None,
     ) -> None:
         config = ModelConfig(model_name_or_path=name, model_revision=revision)
-        about = policy.configuration(config)
-        if about.model_type != "deberta-v2" or not all(hasattr(about, key) for key in ("n_tasks", *MARKS)):
-            raise ValueError(
-                f"{name} is no PairRM in transformers' form: give llm-blender/PairRM-hf, or a folder that it was downloaded to "
-                "(`hf download llm-blender/PairRM-hf`); llm-blender/PairRM itself is in a form of its own"
-            )
+        published = read(config)
         self.name = f"pairrm:{name}"
         self.tally: Counter[str] = Counter()
         self.warnings: list[str] = []  # what a person should be told, once each
-        self.tokenizer: Any = policy.load_tokenizer(config)
-        wrong = [
-            mark for key, mark in MARKS.items() if self.tokenizer.convert_tokens_to_ids(mark) != getattr(about, key)
-        ]
-        if wrong:
-            raise ValueError(f"{name}: its tokenizer has not the configuration's {wrong[0]}: take both from one place")
-        self.model = load_judge(PairRanker, config, device, dtype)
+        self.tokenizer = published.tokenizer
+        self.model = load_judge(PairRanker, config, device, dtype, about=published.about, strict=True)
         policy.check_vocabulary(self.tokenizer, self.model.pretrained_model)
         self.device, self.batch_tokens = device, batch_tokens
-        self.source_max_length, self.room = source_max_length, source_max_length + 2 * candidate_max_length
-        self.identity = f"{identity(self.name, config, self.model, self.tokenizer)}:{source_max_length}:{self.room}"
-        self._marks = special_marks(self.tokenizer, MARKS.values())
-        self._ids = [getattr(about, key) for key in MARKS]
+        source, candidate = published.limits
+        self.source_max_length = source if source_max_length is None else source_max_length
+        candidate = candidate if candidate_max_length is None else candidate_max_length
+        self.room = self.source_max_length + 2 * candidate
+        whole = f"{identity(self.name, config, self.model, self.tokenizer)}:{self.source_max_length}:{self.room}"
+        self.identity = f"{whole}:{published.base}" if published.base else whole
+        self._marks = special_marks(self.tokenizer, ADDED)
+        self._ids = [getattr(published.about, key) for key in MARKS]
 
     @torch.no_grad()
     def compare(self, asked: Sequence[Comparison]) -> Answers:
