@@ -72,6 +72,10 @@ class GenerationConfig:
     """Generation"""
 
     generation_batch_size: int = key(64, "Rows that are generated together", unit="rows", least=1)
+    cache_implementation: Literal["auto", "dynamic", "static"] = key(
+        "auto",
+        "local: a cache that grows, or fixed slots with a compiled step; auto: on CUDA what is measured to be faster, else dynamic",
+    )
     generation_backend: Literal["local", "server"] = key(
         "local", "Who writes the policy's responses: this process, or a server that speaks OpenAI's protocol"
     )
@@ -171,6 +175,9 @@ class TrainingConfig:
         "Given pairs, a reference that never moves: its log-probs are computed first, kept on disk, and it leaves memory",
     )
     gradient_checkpointing: bool = key(False, "Recompute activations in the backward pass: less memory, a third slower")
+    torch_compile: bool | Literal["auto"] = key(
+        "auto", "Compile norms and gated activations; auto: on CUDA where it is measured to be faster, else false"
+    )
     term_grad_norm_steps: int = key(
         10, "Measure each loss term's own gradient norm every so many updates; 0: never", unit="updates", least=0
     )

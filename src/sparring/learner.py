@@ -22,6 +22,7 @@ from sparring.model.attention import Kind, kind_for
 from sparring.model.logps import Scorer, checked
 from sparring.model.optim import learning_rate, make_optimizers
 from sparring.model.parallel import local, together
+from sparring.model.pieces import compile_pieces
 from sparring.model.roles import Roles, checkpointing
 from sparring.records import Pair
 
@@ -52,6 +53,10 @@ class Learner:
         self.sealed = False  # the reference has left memory, and what it said is all there is
         self.layout: Kind | None = None  # found out on the first pairs, or known from a checkpoint
         self._scorer: Scorer | None = None
+        if config.torch_compile is True:
+            for model in (roles.worker, roles.reference):
+                if isinstance(model, torch.nn.Module):  # not an adapter, which is one with the worker
+                    compile_pieces(model)
         roles.worker.train()
         if config.gradient_checkpointing:
             checkpointing(roles.worker)

@@ -28,7 +28,7 @@ from sparring.judges.make import fitting, make_judge
 from sparring.learner import Learner
 from sparring.loop import Round, Update, planned, play
 from sparring.methods.base import Context, Judge, Method, NoJudge, reference_goes_first
-from sparring.model import policy
+from sparring.model import pieces, policy
 from sparring.model.dry import asked
 from sparring.model.parallel import ALONE, World, lost
 from sparring.model.plan import with_budget
@@ -64,9 +64,8 @@ class Session:
         self.config, self.journal, self.bars, self.world = config, journal, bars, world
         self.method: Method = config.method
         device = policy.pick_device(config.model.device)
-        judging: dict[str, Any] = {"world": world, "tick": bars.moved, "say": self._say}
+        judging: dict[str, Any] = {"world": world, "tick": bars.moved, "say": self._say, "given": judge}
         judging["spent"] = journal.spent_on_judging()
-        judging["given"] = judge
         later = judge is None and config.judging.judge == "policy"  # which is not there yet
         self.judge: Judge = NoJudge() if later else fitting(self.method, make_judge(config, device, **judging))
         check_generation(config, self.method)
@@ -92,9 +91,10 @@ class Session:
         )
         self.reference_first = first = first and training.precompute_ref_log_probs
         parts = about, device, self.prompts, self.max_length, self._say, world
-        self.config = config = with_budget(config, *parts, reference_first=first)
+        config = with_budget(config, *parts, reference_first=first)
         start = load_start(config, device, model, world)
         policy.check_vocabulary(self.chat.tokenizer, start)
+        config = pieces.settled(config, start, device, world, self._say)
         self.about = {
             "start_fingerprint": world.told(policy.fingerprint(start) if world.main else ""),
             "data_fingerprint": digest(self.prompts),
@@ -110,6 +110,7 @@ class Session:
         self.seeds = Seeds(config.run.seed)
         self.tick: Tick = lambda count, note="": None
         self.asked: Mapping[str, bool] = {}
+        requests = asked(self.method, 2, self.max_length)[1]
         self.writers = Writers(
             config,
             roles,
@@ -117,6 +118,7 @@ class Session:
             step=lambda: self.state.counters.step,
             stamp=lambda: f"{self.about['start_fingerprint']} of {config.run.seed}, {self._stamp()}",
             prompts=self.prompts,
+            room=self.max_length if requests or config.evaluation.eval_dataset_name else 0,
             previous=lambda: self.results.of_a_round_ago(self.state.counters.round),
             lay_down=lambda where: self.results.lay_down(where),
             folder=journal.folder / "serving",
@@ -126,6 +128,7 @@ class Session:
             world=world,
             device=self.learner.device,
         )
+        self.config = config = self.writers.config
         if later:
             learns = self.about, config.method, config.adapter, config.training, config.generation, config.run.seed
             judging["policy"] = partial(self.writers.as_judge, self.max_length, lambda: f"{learns} {self._stamp()}")
@@ -146,15 +149,13 @@ class Session:
         )
         for name in self.method.writers():
             self.writers.check(name)
-        count = self.cadence.prompts_per_round or len(self.prompts)
-        shards, requests = math.ceil(count / config.generation.shard_prompts), asked(self.method, 2, self.max_length)[1]
         self.probe = Probe(self.learner, self.context, self.journal.folder / "probe.json")
-        run_name, report_to = config.run.run_name or journal.folder.name, config.run.report_to
         self.evaluator = None
         if config.evaluation.eval_dataset_name:
             self.evaluator = Evaluator(config, self.chat, self.learner, self.context, journal.folder, bars)
             self.about["evaluation_fingerprint"] = self.evaluator.fingerprint
-        self.tracker = tracker(report_to if world.main else "none", journal.folder, run_name, config.flat())
+        report_to = config.run.report_to if world.main else "none"
+        self.tracker = tracker(report_to, journal.folder, config.run.run_name or journal.folder.name, config.flat())
         hears = self.tracker, self.monitor, self.probe, self.judge, self.evaluator
         counts: dict[str, Any] = {"total_steps": self.total_steps, "updates_per_epoch": self.updates_per_epoch}
         self.chronicle = Chronicle(config, self.cadence, self.state, journal, *hears, **counts, say=self._say)
@@ -164,7 +165,7 @@ class Session:
             bars,
             world,
             requests=requests,
-            shards=shards,
+            shards=math.ceil((self.cadence.prompts_per_round or len(self.prompts)) / config.generation.shard_prompts),
             after_judging=self.chronicle.judged,
             stop=self._stop_asked,
         )
@@ -205,7 +206,8 @@ class Session:
         try:
             self.probe.prepare(self.prompts)
             self.chronicle.begin()
-            with asked_to_stop() as self.asked, self._bar() as self.tick:
+            bar = self.bars.stage(self.method.name, self.total_steps, self.state.counters.step, "updates")
+            with asked_to_stop() as self.asked, bar as self.tick:
                 while outcome is None:
                     outcome = self._play()
             if outcome.state == "finished":
@@ -295,6 +297,3 @@ class Session:
 
     def _say(self, text: str) -> None:
         self.bars.say(text, "dim")
-
-    def _bar(self) -> Any:
-        return self.bars.stage(self.method.name, self.total_steps, self.state.counters.step, "updates")

@@ -145,7 +145,9 @@ def writing(config: Config, chat: Chat, folder: Path, bars: Bars) -> Iterator[Wr
         end_ids=chat.end_ids,
         pad_id=chat.pad_id,
         batch_size=keys.generation_batch_size,
+        cache=keys.cache_implementation,
         tick=bars.moved,
+        say=lambda text: bars.say(text, "dim"),
     )
 
 

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import torch
 
 from sparring.actors.forms import CHAT, Message
-from sparring.actors.local import LocalWriter
+from sparring.actors.local import TRIAL, CacheKind, LocalWriter
 from sparring.actors.served import Served
 from sparring.actors.server import ServerWriter
 from sparring.actors.servers import Running, base_urls, check_installed, check_servers
@@ -24,7 +24,7 @@ from sparring.config import Config
 from sparring.data.chat import Chat
 from sparring.judges.policy import PolicyJudge
 from sparring.judges.verdicts import read_instruction
-from sparring.methods.base import Method, Writer
+from sparring.methods.base import Method, Request, Sampling, Writer
 from sparring.model import policy
 from sparring.model.parallel import World
 from sparring.model.roles import Role, Roles
@@ -50,6 +50,7 @@ class Writers(Mapping[str, Writer]):
         stamp: Callable[[], str],
         previous: Callable[[], str | None],
         prompts: Sequence[Prompt],
+        room: int,
         lay_down: Callable[[Path], None],
         folder: Path,
         say: Callable[[str], None],
@@ -61,11 +62,16 @@ class Writers(Mapping[str, Writer]):
         """``step`` says how many updates are behind the policy, ``previous`` where that of a round ago lies (None: the start).
 
         For a server ``lay_down`` writes the policy's weights to a folder; what it wrote is kept in ``folder``, under ``stamp``, and
-        ``note`` is told what it was asked. Servers of a matrix are shown the conversations of ``prompts``.
+        ``note`` is told what it was asked. Servers of a matrix are shown the conversations of ``prompts``. ``room`` is the longest
+        sequence, 0 where nothing will be written; ``config`` then is what was given with the cache decided on.
         """
-        self._config, self._roles, self._chat = config, roles, chat
-        self._step, self._previous, self._tick = step, previous, tick
+        self.config, self._roles, self._chat = config, roles, chat
+        self._step, self._previous, self._tick, self._say = step, previous, tick, say
         self._world, self._device, self._prompts, self._folder = world, device, prompts, folder
+        if config.generation.cache_implementation == "auto":
+            local = config.generation.generation_backend == "local"
+            found: CacheKind = self._faster_cache(room) if room and local else "dynamic"
+            self.config = replace(config, generation=replace(config.generation, cache_implementation=found))
         self._known: dict[str, Writer] = {role: self._role(role) for role in ROLES}
         self._served: Served | None = None
         if config.generation.generation_backend == "server":
@@ -86,7 +92,7 @@ class Writers(Mapping[str, Writer]):
 
     def check(self, name: str) -> None:
         """Raise ValueError where nobody of that name can write, before anything is written."""
-        if name == "previous" and not self._config.run.keep_round_models:
+        if name == "previous" and not self.config.run.keep_round_models:
             raise ValueError(
                 "previous is to write, and keep_round_models is false, so that earlier models are gone: leave one of the two out"
             )
@@ -100,11 +106,11 @@ class Writers(Mapping[str, Writer]):
     def __getitem__(self, name: str) -> Writer:
         """The writer of that name; ValueError where there is no such model."""
         if name == "previous":
-            return self._loaded(self._previous() or self._config.model.model_name_or_path, "previous")
+            return self._loaded(self._previous() or self.config.model.model_name_or_path, "previous")
         if name not in self._known and name.startswith(("http://", "https://")):
             self._known[name] = self._at(name)
         if name not in self._known:
-            self._known[name] = self._loaded(self._config.model.model_name_or_path if name == "start" else name, name)
+            self._known[name] = self._loaded(self.config.model.model_name_or_path if name == "start" else name, name)
         return self._known[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -117,7 +123,7 @@ class Writers(Mapping[str, Writer]):
 
     def as_judge(self, max_length: int, whose: Callable[[], str]) -> PolicyJudge:
         """The policy as judge of responses; ``whose`` says whose weights it has."""
-        keys = self._config.judging
+        keys = self.config.judging
         return PolicyJudge(
             self._chat,
             read_instruction(keys.judge_template, keys.judge_by),
@@ -126,29 +132,40 @@ class Writers(Mapping[str, Writer]):
             whose=whose,
             max_length=max_length,
             max_new_tokens=keys.judge_max_new_tokens,
-            rows=self._config.generation.generation_batch_size,
+            rows=self.config.generation.generation_batch_size,
             batch_tokens=keys.judge_batch_tokens,
             world=self._world,
         )
+
+    def _faster_cache(self, room: int) -> CacheKind:
+        """What the main process finds with the first prompts, so that all compute alike, and the run when it is taken up again."""
+        some = self._prompts[: self.config.generation.generation_batch_size]
+        asked = [
+            Request(p.token_ids, max(0, min(TRIAL, room - len(p.token_ids))), place) for place, p in enumerate(some)
+        ]
+        found = self._alone(lambda: self._roles.playing("policy", alone=True), lambda: "policy").settle(
+            asked, Sampling()
+        )
+        return "static" if self._world.told(found) == "static" else "dynamic"
 
     def _role(self, role: Role, *, alone: bool = False) -> Writer:
         name = role if role in self._roles.kept() else "policy"
         return self._local(lambda: self._roles.playing(role, alone=True), lambda: f"{name}@{self._step()}", alone=alone)
 
     def _loaded(self, where: str, name: str) -> Writer:
-        about = self._config.model
+        about = self.config.model
         if where != about.model_name_or_path:
             about = replace(about, model_name_or_path=where, model_revision="main")
         own = self._chat.tokenizer.get_vocab()
-        if where != self._config.model.model_name_or_path and policy.load_tokenizer(about).get_vocab() != own:
+        if where != self.config.model.model_name_or_path and policy.load_tokenizer(about).get_vocab() != own:
             raise ValueError(
-                f"{where} has another tokenizer than {self._config.model.model_name_or_path}: its tokens mean something else here. "
+                f"{where} has another tokenizer than {self.config.model.model_name_or_path}: its tokens mean something else here. "
                 "Use a model of the same family"
             )
 
         @contextmanager
         def playing() -> Iterator[Any]:
-            dtype = computed_in(self._config)
+            dtype = computed_in(self.config)
             model = policy.load_model(about, self._device, dtype).eval()
             try:
                 yield model
@@ -158,7 +175,7 @@ class Writers(Mapping[str, Writer]):
                 if self._device.type == "cuda":
                     torch.cuda.empty_cache()
 
-        moved = name == "previous" and where != self._config.model.model_name_or_path
+        moved = name == "previous" and where != self.config.model.model_name_or_path
         label = f"{name}@{Path(where).name}" if moved else f"{'start' if name == 'previous' else name}@0"
         return self._local(playing, lambda: label)
 
@@ -167,7 +184,7 @@ class Writers(Mapping[str, Writer]):
         check_installed()
         address, _, model = url.partition("#")
         asked = {p.token_ids.tobytes(): _messages(p) for p in self._prompts}
-        keys = self._config.generation
+        keys = self.config.generation
         writer = ServerWriter(
             Running(base_urls(address), model=model or None, api_key=os.environ.get(keys.server_api_key_env) or None),
             self._chat,
@@ -184,16 +201,21 @@ class Writers(Mapping[str, Writer]):
         return writer if self._world.size == 1 else SharedWriter(writer, self._world, self._device, alone=True)
 
     def _local(self, playing: Callable[[], Any], source: Callable[[], str], *, alone: bool = False) -> Writer:
-        writer = LocalWriter(
+        writer = self._alone(playing, source)
+        return writer if alone or self._world.size == 1 else SharedWriter(writer, self._world, self._device)
+
+    def _alone(self, playing: Callable[[], Any], source: Callable[[], str]) -> LocalWriter:
+        return LocalWriter(
             playing,
             source=source,
             decode=self._chat.decode,
             end_ids=self._chat.end_ids,
             pad_id=self._chat.pad_id,
-            batch_size=self._config.generation.generation_batch_size,
+            batch_size=self.config.generation.generation_batch_size,
+            cache=self.config.generation.cache_implementation,
             tick=self._tick,
+            say=self._say,
         )
-        return writer if alone or self._world.size == 1 else SharedWriter(writer, self._world, self._device)
 
 
 def _messages(prompt: Prompt) -> Sequence[Message]:

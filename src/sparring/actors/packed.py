@@ -60,14 +60,12 @@ class Batch:
     def write(self, rows: Sequence[Row]) -> None:
         """Write ``rows`` to their ends; long prompts come first, and equal ones together."""
         self.tick(sum(not row.going for row in rows))
-        waiting = deque(
-            sorted((r for r in rows if r.going), key=lambda r: (-len(r.prompt), r.prompt.tobytes(), -r.limit))
-        )
+        waiting = self.queue(rows)
         batch: list[Row] = []
         columns: Columns | None = None
         while batch or waiting:
             source: dict[Row, int | Piece] = {row: place for place, row in enumerate(batch) if row.going}
-            source |= self._enter([waiting.popleft() for _ in range(min(self.size - len(source), len(waiting)))])
+            source |= self.enter([waiting.popleft() for _ in range(min(self.size - len(source), len(waiting)))])
             batch = sorted((row for row in source if row.going), key=lambda row: -len(row.prompt) - len(row.ids))
             if batch:
                 room = max(row.limit - len(row.ids) for row in batch)
@@ -75,17 +73,21 @@ class Batch:
                 del source  # the packed prompts
                 self._go_on(batch, columns)
 
-    def _enter(self, rows: Sequence[Row]) -> dict[Row, int | Piece]:
+    def queue(self, rows: Sequence[Row]) -> deque[Row]:
+        """The order in which ``rows`` come to be written."""
+        return deque(sorted((r for r in rows if r.going), key=lambda r: (-len(r.prompt), r.prompt.tobytes(), -r.limit)))
+
+    def enter(self, rows: Sequence[Row]) -> dict[Row, Piece]:
         """Read the prompts of ``rows`` and write a first token for each."""
         by_prompt: dict[bytes, list[Row]] = {}
         for row in rows:
             by_prompt.setdefault(row.prompt.tobytes(), []).append(row)
-        pieces: dict[Row, int | Piece] = {}
+        pieces: dict[Row, Piece] = {}
         for part in _parts(list(by_prompt.values())):
             logits, found = read(self.model, self.kind, [same[0].prompt for same in part], self.device)
             pieces |= {row: piece for same, piece in zip(part, found, strict=True) for row in same}
             places = torch.tensor([place for place, same in enumerate(part) for _ in same], device=self.device)
-            self._choose([row for same in part for row in same], logits[places])
+            self.choose([row for same in part for row in same], logits[places])
         return pieces
 
     def _go_on(self, batch: Sequence[Row], columns: Columns) -> None:
@@ -94,10 +96,11 @@ class Batch:
             going = len(batch)
             while going and not columns.full and (len(batch) - going) * GONE < len(batch):
                 logits = step(self.model, columns, [row.ids[-1] for row in batch], [row.going for row in batch])
-                self._choose(batch, logits)
+                self.choose(batch, logits)
                 going = sum(row.going for row in batch)
 
-    def _choose(self, rows: Sequence[Row], logits: Tensor) -> None:
+    def choose(self, rows: Sequence[Row], logits: Tensor) -> None:
+        """Add to each of ``rows`` the token that its draw takes of ``logits`` [R, V]."""
         draws = torch.tensor([row.draw() for row in rows], dtype=torch.float64, device=self.device)
         before = sum(row.going for row in rows)
         for row, token in zip(rows, choose(logits, draws, self.sampling).tolist(), strict=True):
@@ -126,34 +129,48 @@ def step(model: Any, columns: Columns, ids: Sequence[int], going: Sequence[bool]
     return logits
 
 
-@torch.no_grad()
 def can_pack(model: Any, kind: Kind) -> bool:
     """Whether generation without padding gives the logits of plain forward passes; the same for the same model always."""
-    config, device = model.config.get_text_config(), next(model.parameters()).device
+    config = model.config.get_text_config()
     layers = set(getattr(config, "layer_types", None) or ())
     if layers - {"full_attention", "sliding_attention"}:
         return False
-    prompts, more = [[(7919 * i + 13 * n) % config.vocab_size for i in range(n)] for n in (11, 3, 6)], (1, 5)
-    try:
-        first, pieces = read(model, kind, [tokens(prompt) for prompt in prompts], device)
-        found = [first[[0, 2]]]
-        order = [0, 2, 1]
+    windows: set[int | None] = set()
+
+    def follow(pieces: Sequence[Piece], more: Sequence[int]) -> list[Tensor]:
         with implementing(model, NAME):
-            columns = Columns([pieces[row] for row in order], None, 1)
-            found.append(step(model, columns, [more[0]] * 3, [True] * 3)[:2])
+            columns = Columns([pieces[row] for row in (0, 2, 1)], None, 1)
+            found = [step(model, columns, [more[0]] * 3, [True] * 3)[:2]]
             columns = Columns([0, 1], columns, 1)
             found.append(step(model, columns, [more[1]] * 2, [True] * 2))
+        windows.update(columns.windows)
+        return found
+
+    windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    expects = "sliding_attention" in layers if layers else bool(windowed)
+    return agrees(model, kind, follow) and (not expects or windows != {None})
+
+
+@torch.no_grad()
+def agrees(model: Any, kind: Kind, follow: Callable[[Sequence[Piece], Sequence[int]], list[Tensor]]) -> bool:
+    """Whether prompts read as ``kind``, and what ``follow`` makes of them, give the logits of plain forward passes.
+
+    ``follow`` gets three pieces, and what comes after the first and the third: logits [2, V] after each of those tokens.
+    """
+    vocabulary, device = model.config.get_text_config().vocab_size, next(model.parameters()).device
+    prompts, more = [[(7919 * i + 13 * n) % vocabulary for i in range(n)] for n in (11, 3, 6)], (1, 5)
+    try:
+        first, pieces = read(model, kind, [tokens(prompt) for prompt in prompts], device)
+        found = [first[[0, 2]], *follow(pieces, more)]
         for row, prompt in enumerate((prompts[0], prompts[2])):
             ids = torch.tensor([[*prompt, *more]], device=device)
             expected = model(input_ids=ids, use_cache=False).logits[0, -3:].float()
             away = torch.stack([logits[row] for logits in found]).float() - expected
-            if not away.square().mean().sqrt() <= TOLERANCE.get(columns.kept[0][0].dtype, 1e-3) * expected.std():
+            if not away.square().mean().sqrt() <= TOLERANCE.get(found[0].dtype, 1e-3) * expected.std():
                 return False
     except UNPACKABLE:
         return False
-    windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    expects = "sliding_attention" in layers if layers else bool(windowed)
-    return not expects or columns.windows != {None}
+    return True
 
 
 def _parts(groups: Sequence[list[Row]]) -> Iterator[list[list[Row]]]:

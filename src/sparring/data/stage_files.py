@@ -27,6 +27,7 @@ FREE = {
     "output_dir",
     "device",
     "generation_batch_size",
+    "cache_implementation",
     "server_urls",
     "server_command",
     "server_api_key_env",

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparring.actors.local import LocalWriter
+from sparring.actors.local import CacheKind, LocalWriter
 from sparring.config import Config
 from sparring.data.chat import Chat
 from sparring.data.packing import Group
@@ -70,6 +70,7 @@ def evaluate(
     verify: Verifier | None,
     *,
     batch_size: int = 64,
+    cache: CacheKind = "auto",
     tick: Callable[[int], None] = lambda rows: None,
 ) -> HeldOut:
     """Evaluate ``model`` on ``prompts``; ``tick`` is told of rows as they are done, three times the prompts in all."""
@@ -81,6 +82,7 @@ def evaluate(
         end_ids=chat.end_ids,
         pad_id=chat.pad_id,
         batch_size=batch_size,
+        cache=cache,
         tick=tick,
     )
     sampling = Sampling(settings.temperature, settings.top_p, settings.top_k)

@@ -49,6 +49,7 @@ def linear_forward(module: nn.Linear, hidden: Tensor) -> Tensor:
         hidden.dtype == torch.float32
         and hidden.device.type == "cpu"
         and module.weight.dtype == torch.float32
+        and not torch.compiler.is_compiling()  # a compiler has kernels of its own
         and _there()
     ):
         found: Tensor = Linear.apply(hidden, module.weight, module.bias)  # type: ignore[no-untyped-call]

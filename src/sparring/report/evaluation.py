@@ -30,7 +30,8 @@ def evaluation_report(config: Config, *, quiet: bool = False) -> RenderableType:
     if adapter := find_adapter(config.model):
         bars.say(f"{adapter.name} is an adapter: merged into its base {adapter.base.model_name_or_path}", "dim")
     with bars.stage("evaluate", 3 * len(loaded.prompts), unit="rows") as tick:
-        options = {"batch_size": config.generation.generation_batch_size, "tick": tick}
+        keys = config.generation
+        options = {"batch_size": keys.generation_batch_size, "cache": keys.cache_implementation, "tick": tick}
         result = load_and_evaluate(config, loaded.prompts, chat, verify, **options)
     return evaluation_view(config.model.model_name_or_path, result, config.method.show)
 

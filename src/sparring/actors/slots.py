@@ -1,0 +1,228 @@
+"""A static cache for generation: every row has a slot of fixed size, so a step is one program, compiled once for all shapes.
+
+On CUDA the compiled step is recorded and launched as a whole, where kernels one by one would wait for Python. A slot is another
+row's as soon as its own has ended: continuous batching, in which nothing that stays is moved.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental import _config as shapes
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache
+
+from sparring.actors.cache import Piece, Recorder
+from sparring.actors.packed import GONE, Batch, Row, agrees
+from sparring.model.attention import Kind, implementing
+
+NAME = "sparring_slots"
+ROOM = 128  # columns that are there before they are needed
+SMALLEST = 8  # slots, of which a batch never has fewer once rows have ended
+PROGRAMS = 32  # that a step may be compiled to: for models, precisions and the like; sizes are free
+
+
+class Slots(Cache):
+    """Keys and values of the rows in a batch, [R, G, C, D] for each layer; row r's are in columns [0, length of r)."""
+
+    def __init__(self, rows: int, capacity: int, like: Sequence[tuple[Tensor, ...]]) -> None:
+        """``like`` are tensors of G groups and depth D, [..., G, *, D], two for each layer."""
+        super().__init__(layers=[])
+        self.kept = [tuple(_empty(t, rows, capacity) for t in both) for both in like]
+        self.at = torch.zeros(rows, dtype=torch.long, device=like[0][0].device)  # the column of each row's newest token
+
+    @property
+    def capacity(self) -> int:
+        """Columns."""
+        return int(self.kept[0][0].shape[2])
+
+    def put(self, pieces: Mapping[int, Piece]) -> None:
+        """Let slots hold prompts that were read, in place of what they held."""
+        by_packed: dict[int, tuple[Recorder, list[tuple[int, Piece]]]] = {}
+        for slot, piece in pieces.items():
+            by_packed.setdefault(id(piece.packed), (piece.packed, []))[1].append((slot, piece))
+        for recorder, entering in by_packed.values():
+            places = [
+                (slot, column, position)
+                for slot, piece in entering
+                for column, position in enumerate(range(piece.start, piece.stop))
+            ]
+            slots, columns, positions = torch.tensor(places, device=self.at.device).T
+            for mine, read in zip(self.kept, recorder.pairs, strict=True):
+                for into, source in zip(mine, read, strict=True):
+                    into[slots, :, columns] = source[:, positions].transpose(0, 1)
+
+    def resized(self, rows: Sequence[int], capacity: int) -> None:
+        """Become a cache of these ``rows`` alone, with ``capacity`` columns, layer by layer."""
+        chosen = torch.tensor(rows, device=self.at.device)
+        columns = min(capacity, self.capacity)
+        for layer, both in enumerate(self.kept):
+            new = tuple(_empty(t, len(rows), capacity) for t in both)
+            for into, old in zip(new, both, strict=True):
+                into[:, :, :columns] = old[chosen, :, :columns]
+            self.kept[layer] = new
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Write keys and values [R, G, 1, D] into each row's column; all of the layer's."""
+        keys, values = self.kept[layer_idx]
+        rows = torch.arange(keys.shape[0], device=keys.device)
+        keys[rows, :, self.at] = key_states[:, :, 0]
+        values[rows, :, self.at] = value_states[:, :, 0]
+        return keys, values
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions are given, so this is asked in vain."""
+        return 0
+
+
+def _empty(like: Tensor, rows: int, capacity: int) -> Tensor:
+    """Of zeros: a weight of 0 makes no number of a NaN. A program may be recorded for its address, and takes any size."""
+    new = like.new_zeros(rows, like.shape[-3], capacity, like.shape[-1])
+    if new.device.type == "cuda":
+        torch._dynamo.mark_static_address(new)
+    for size in (0, 2):
+        torch._dynamo.maybe_mark_dynamic(new, size)
+    return new
+
+
+def slot_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    slots: Slots,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """softmax(scaling q k^T) v from each row's newest token; query [R, H, 1, D], key and value [R, G, C, D]; [R, 1, H, D].
+
+    NotImplementedError for attention sinks and position biases.
+    """
+    if any(others.get(name) is not None for name in ("s_aux", "position_bias", "sinks")) or dropout:
+        raise NotImplementedError("attention sinks, position biases and dropout are not computed slot by slot")
+    rows, groups = key.shape[:2]
+    heads = query.view(rows, groups, -1, query.shape[3])  # a group's heads share its keys, which are read once
+    scores = torch.matmul(heads, key.transpose(2, 3)) * (query.shape[3] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    columns, newest = torch.arange(key.shape[2], device=key.device), slots.at[:, None]
+    unseen = columns > newest
+    if sliding_window is not None:
+        unseen = unseen | (columns <= newest - sliding_window)
+    weights = scores.masked_fill(unseen[:, None, None], -torch.inf).softmax(-1)
+    return torch.matmul(weights, value).view(rows, 1, -1, value.shape[3]), None
+
+
+AttentionInterface.register(NAME, slot_attention)
+
+
+class SlotBatch(Batch):
+    """Writes rows with a model, at most ``size`` at a time, each in its slot."""
+
+    def write(self, rows: Sequence[Row]) -> None:
+        """Write ``rows`` to their ends; long prompts come first, and equal ones together."""
+        self.tick(sum(not row.going for row in rows))
+        waiting = self.queue(rows)
+        places: list[Row | None] = [None] * min(self.size, len(waiting))
+        most = max((len(row.prompt) + row.limit for row in waiting), default=0)
+        slots: Slots | None = None
+        while True:
+            free = [place for place, row in enumerate(places) if row is None or not row.going]
+            if waiting and len(free) * GONE >= len(places):
+                entering = {place: waiting.popleft() for place in free[: len(waiting)]}
+                places = [entering.get(place, row) for place, row in enumerate(places)]
+                pieces = self.enter(list(entering.values()))
+                if slots is None:
+                    slots = Slots(len(places), self._capacity(places, most), next(iter(pieces.values())).packed.pairs)
+                self._widen(slots, places, most)
+                slots.put({place: pieces[row] for place, row in entering.items() if row.going})
+                del pieces  # the packed prompts
+                continue
+            if slots is None or len(free) == len(places):
+                return
+            size = max(SMALLEST, 1 << (len(places) - len(free) - 1).bit_length())
+            if not waiting and size < len(places):
+                kept = sorted(range(len(places)), key=lambda place: place in free)[:size]
+                slots.resized(kept, slots.capacity)
+                places = [places[place] for place in kept]
+            self._widen(slots, places, most)
+            self._step(slots, places)
+
+    def _step(self, slots: Slots, places: Sequence[Row | None]) -> None:
+        """A token for each row."""
+        rows = [row for row in places if row is not None]
+        going = [row is not None and row.going for row in places]
+        ids = [row.ids[-1] if row is not None else 0 for row in places]
+        at = [_newest(row) if row is not None and row.going else 0 for row in places]
+        logits = step(self.model, slots, ids, at)
+        self.choose(rows, logits[: len(rows)] if len(rows) == len(going) else logits[[r is not None for r in places]])
+
+    def _capacity(self, places: Sequence[Row | None], most: int) -> int:
+        """Columns for what ``places`` hold and some more: a power of two or one and a half, and no more than ``most`` needs."""
+        needed = max(_newest(row) + 1 for row in places if row is not None and row.going)
+        return min(_rounded(needed + ROOM), -(-most // 8) * 8)
+
+    def _widen(self, slots: Slots, places: Sequence[Row | None], most: int) -> None:
+        longest = max((_newest(row) + 1 for row in places if row is not None and row.going), default=0)
+        if longest > slots.capacity:
+            slots.resized(range(len(places)), self._capacity(places, most))
+
+
+def _newest(row: Row) -> int:
+    """The column of the last token that ``row`` has, which the next step puts into the cache."""
+    return len(row.prompt) + len(row.ids) - 1
+
+
+def _rounded(columns: int) -> int:
+    """The next of 64, 96, 128, 192, 256 and so on: few sizes, since each is recorded anew."""
+    power = 1 << max(6, (columns - 1).bit_length())
+    return power * 3 // 4 if columns <= power * 3 // 4 and power > 64 else power
+
+
+def step(model: Any, slots: Slots, ids: Sequence[int], at: Sequence[int]) -> Tensor:
+    """Logits [R, V] of what comes after ``ids`` [R], which are put into columns ``at`` [R] of their rows."""
+    device = slots.at.device
+    inputs, slots.at = torch.tensor([ids, at], device=device)
+    with implementing(model, NAME), shapes.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+        if device.type == "cuda":
+            torch.compiler.cudagraph_mark_step_begin()
+        with torch._dynamo.config.patch(recompile_limit=PROGRAMS):
+            found: Tensor = _program(device.type)(model, slots, inputs[:, None])
+    return found
+
+
+def _logits(model: Any, slots: Slots, ids: Tensor) -> Any:
+    words = {"past_key_values": slots, "use_cache": True, "slots": slots}
+    return model(input_ids=ids, position_ids=slots.at[:, None], attention_mask=None, **words).logits[:, -1]
+
+
+@functools.cache
+def _program(device: str) -> Any:
+    return torch.compile(_logits, dynamic=True, mode="reduce-overhead" if device == "cuda" else None)
+
+
+def can_slot(model: Any, kind: Kind) -> bool:
+    """Whether compiled steps over a static cache give the logits of plain forward passes, a slot that was another's included."""
+
+    def follow(pieces: Sequence[Piece], more: Sequence[int]) -> list[Tensor]:
+        slots = Slots(3, 64, pieces[0].packed.pairs)
+        slots.put({0: pieces[1], 1: pieces[2], 2: pieces[0]})
+        lengths = [piece.stop - piece.start for piece in pieces]
+        found = [step(model, slots, [more[0]] * 3, [lengths[1], lengths[2], lengths[0]]).clone()[[2, 1]]]
+        slots.put({0: pieces[0]})
+        step(model, slots, [more[0], 0, 0], [lengths[0], 0, 0])
+        slots.resized([0, 1], 96)
+        slots.put({1: pieces[2]})
+        step(model, slots, [0, more[0]], [lengths[0] + 1, lengths[2]])
+        return [*found, step(model, slots, [more[1]] * 2, [lengths[0] + 1, lengths[2] + 1]).clone()]
+
+    return agrees(model, kind, follow)

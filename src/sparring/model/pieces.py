@@ -1,0 +1,120 @@
+"""Small pieces of a model, each compiled into one kernel: norms, and what gated MLPs do between their matrix products."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import types
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparring.config import Config
+from sparring.model.parallel import World
+from sparring.model.start import computed_in
+from sparring.model.timing import fastest
+
+GATED = "self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))"  # as transformers writes it
+MEASURED = {"cuda"}  # elsewhere few runs make up for the compiling
+LEAST = 64  # tokens; with fewer, as in a step of generation, calling a compiled function costs more than it saves
+TRIED = 4096  # tokens, as a micro-batch has
+
+
+def compile_pieces(model: Any) -> None:
+    """Let the pieces of ``model`` compute compiled; copies of it, and what is put around it, do so too."""
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = types.MethodType(_either(module.forward.__func__), module)
+        elif _is_gated(type(module).forward):
+            module.forward = types.MethodType(_gated_mlp, module)
+
+
+@functools.cache
+def _either(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``plain(module, tensor, ...)``, compiled where there is enough to do; once for all modules of a kind, and for all lengths."""
+    if getattr(plain, "compiled", False):
+        return plain
+    compiled = torch.compile(plain, dynamic=True)
+
+    def forward(module: Any, tensor: Tensor, *more: Tensor) -> Tensor:
+        few = tensor.shape[:-1].numel() < LEAST
+        found: Tensor = (plain if few or torch.compiler.is_compiling() else compiled)(module, tensor, *more)
+        return found
+
+    forward.compiled = True  # type: ignore[attr-defined]
+    return forward
+
+
+@functools.cache
+def _is_gated(forward: Callable[..., Any]) -> bool:
+    """Whether that method computes down(act(gate x) * up x), by its text."""
+    try:
+        return GATED in inspect.getsource(forward)
+    except (OSError, TypeError):
+        return False
+
+
+def _gated_mlp(mlp: Any, x: Tensor) -> Tensor:
+    found: Tensor = mlp.down_proj(_either(_product)(mlp.act_fn, mlp.gate_proj(x), mlp.up_proj(x)))
+    return found
+
+
+def _product(activation: Any, gate: Tensor, up: Tensor) -> Tensor:
+    found: Tensor = activation(gate) * up
+    return found
+
+
+def settled(config: Config, start: Any, device: torch.device, world: World, say: Callable[[str], None]) -> Config:
+    """``config`` with ``torch_compile`` true or false: on CUDA auto is what is measured to be faster, elsewhere false.
+
+    The main process has the weights of ``start`` and measures, forward and backward. ValueError where it is true and nothing can
+    be compiled here.
+    """
+    wanted = config.training.torch_compile
+    if wanted == "auto" and device.type not in MEASURED:
+        wanted = False
+    if wanted is not False and world.main:
+        plain, compiled = (partial(way, *_sample(start, device, computed_in(config))) for way in (_run, _run_compiled))
+        if wanted == "auto":
+            ways = {"plain": plain, "compiled": compiled}
+            wanted = fastest("norms and MLPs", ways, device, say) == "compiled"
+        else:
+            try:
+                compiled()
+            except (RuntimeError, ImportError) as problem:
+                raise ValueError(
+                    f"torch_compile is true, and PyTorch cannot compile here ({problem}): it needs a C++ compiler, on CUDA Triton; "
+                    "install them, or leave torch_compile at auto"
+                ) from problem
+    wanted = world.told(str(wanted)) == "True"
+    return replace(config, training=replace(config.training, torch_compile=wanted))
+
+
+def _sample(start: Any, device: torch.device, dtype: torch.dtype) -> tuple[list[Any], Tensor]:
+    """The first norm and MLP over hidden states, and some of those."""
+    size = start.config.get_text_config().hidden_size
+    first: dict[type, Any] = {}
+    for module in start.modules():
+        norm = type(module).__name__.endswith("RMSNorm") and module.weight.shape == (size,)
+        if norm or _is_gated(type(module).forward):
+            first.setdefault(type(module), module)
+    pieces = [copy.deepcopy(module).to(device, dtype) for module in first.values()]
+    generator = torch.Generator(device).manual_seed(0)
+    return pieces, torch.randn(1, TRIED, size, generator=generator, device=device, dtype=dtype).requires_grad_()
+
+
+def _run(pieces: list[Any], hidden: Tensor) -> None:
+    with torch.enable_grad():
+        for piece in pieces:
+            piece(hidden).sum().backward()
+
+
+def _run_compiled(pieces: list[Any], hidden: Tensor) -> None:
+    for piece in pieces:
+        compile_pieces(piece)
+    _run(pieces, hidden)
