@@ -139,16 +139,20 @@ def needed_flops(shape: Shape, pairs: Sequence[Pair], *, reference: bool) -> flo
     return float(forward * (3 + reference))
 
 
-def our_learner(policy: Any, reference: Any, method: Any, dtype: torch.dtype, checkpointing: bool) -> Learner:
+def our_learner(
+    policy: Any, reference: Any, method: Any, dtype: torch.dtype, checkpointing: bool, compiled: bool = False
+) -> Learner:
     """Our side of a step: the one place that knows how a learner is built."""
     roles = Roles(prepared(policy), ema_decay=0.0, reference=False, dtype=dtype)
     roles.reference = prepared(reference).requires_grad_(False).eval().to(dtype)
     keys = {"learning_rate": RATE, "lr_scheduler_type": "constant", "term_grad_norm_steps": 0}
-    config = TrainingConfig(**keys, gradient_checkpointing=checkpointing)  # type: ignore[arg-type]
+    config = TrainingConfig(**keys, gradient_checkpointing=checkpointing, torch_compile=compiled)  # type: ignore[arg-type]
     return Learner(roles, method, config, pad_id=PAD, total_steps=1000)
 
 
-def our_writer(playing: Callable[[], contextlib.AbstractContextManager[Any]], rows: int) -> LocalWriter:
+def our_writer(
+    playing: Callable[[], contextlib.AbstractContextManager[Any]], rows: int, cache: Any = "dynamic"
+) -> LocalWriter:
     """Our side of generation: the one place that knows how a writer is built."""
     return LocalWriter(
         playing,
@@ -157,6 +161,8 @@ def our_writer(playing: Callable[[], contextlib.AbstractContextManager[Any]], ro
         end_ids=frozenset({END}),
         pad_id=PAD,
         batch_size=rows,
+        cache=cache,
+        say=lambda text: print(text, flush=True),
     )
 
 

@@ -108,10 +108,13 @@ def timed(clock: Clock, write: Callable[[], list[list[int]]]) -> tuple[float, li
     return sum(map(len, texts)) / seconds, texts
 
 
-def compared(shape: Shape, dtype: str, case: Case, new: int, turns: int, device: torch.device) -> dict[str, Any]:
-    """Rates of both sides turn by turn, and how many greedy rows are the same."""
+def compared(
+    shape: Shape, dtype: str, case: Case, new: int, turns: int, device: torch.device, cache: str = "dynamic"
+) -> dict[str, Any]:
+    """Rates of both sides turn by turn, and how many greedy rows are the same; ``cache`` is ours."""
     theirs, ours = (llama(shape, device, dtype=DTYPES[dtype]) for _ in range(2))
-    writer = our_writer(lambda: contextlib.nullcontext(prepared(ours)), case.rows)
+    ours = prepared(ours)
+    writer = our_writer(lambda: contextlib.nullcontext(ours), case.rows, cache)
     clock = Clock(device)
     rates: dict[str, list[float]] = {"generate": [], "ours": []}
     equal = of = 0

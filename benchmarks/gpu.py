@@ -58,7 +58,7 @@ STEP = (
     "transient GB",
     "first loss",
 )
-GENERATION = ("shape", "rows", "generate, tokens/s", "ours, tokens/s", "times generate")
+GENERATION = ("shape", "rows", "cache", "generate, tokens/s", "ours, tokens/s", "times generate")
 EQUALITY = ("shape", "layout", "nats a token off float32, most", "gradient's cosine with float32")
 NOTE = """bf16. Eight pairs a step: prompts of 20-400 tokens, responses of 50-300 (toy: less). Tokens are those of prompts and
 responses, without padding. Median (least-most) of steps after a warm-up; ratios are paired by pairs. The share is of the
@@ -225,10 +225,11 @@ def main() -> None:
     for name in names:
         steps(name, settings[name], device, count, report)
         case, new = (Case("4", 4, SAMPLED), 4) if given.toy else (Case("64", 64, SAMPLED), 128)
-        found = compared_generation(settings[name].shape, "bf16", case, new, 2 if given.quick else 3, device)
-        report.figures.append(found)
-        speeds = (spread(found["tokens_per_second"][side], 0) for side in ("generate", "ours"))
-        report.row("Generation", GENERATION, (name, case.name, *speeds, spread(found["times_generate"])))
+        for cache in ("dynamic", "static"):
+            found = compared_generation(settings[name].shape, "bf16", case, new, 2 if given.quick else 3, device, cache)
+            report.figures.append(found | {"cache": cache})
+            speeds = (spread(found["tokens_per_second"][side], 0) for side in ("generate", "ours"))
+            report.row("Generation", GENERATION, (name, case.name, cache, *speeds, spread(found["times_generate"])))
         gc.collect()
         torch.cuda.empty_cache()
     rates = [figures["matmul_rate"] for figures in report.figures if "matmul_rate" in figures]

@@ -20,7 +20,7 @@ T = TypeVar("T", str, str | None)
 
 
 def train(
-    method: Method | type[Method],
+    method: Method | type[Method] | str,
     *,
     model: Any = None,
     tokenizer: Any = None,
@@ -30,7 +30,7 @@ def train(
     quiet: bool = False,
     **keys: Any,
 ) -> Run:
-    """Train by ``method`` and return the finished run.
+    """Train by ``method``, or the one of that name, and return the finished run.
 
     ``keys`` are the flat configuration keys (``model_name_or_path``, ``dataset_name``, ``output_dir``, ``learning_rate``, ...) over
     those of ``recipe``. ``model`` (a copy of it is trained; it needs ``tokenizer``), ``train_dataset`` (a ``datasets.Dataset`` or a
@@ -45,7 +45,7 @@ def train(
         keys["dataset_name"] = str(Path(keys.get("output_dir", "")).resolve() / "data.jsonl")
     if judge is not None:
         keys["judge"], judge = (judge, None) if isinstance(judge, str) else (None, judge)
-    config = _with_whole_paths(resolve(method, layer, keys))
+    config = _with_whole_paths(resolve(method_called(method) if isinstance(method, str) else method, layer, keys))
     if not config.run.output_dir:
         raise ValueError("output_dir is missing: name the run's folder, as in runs/first")
     if model is not None and tokenizer is None:

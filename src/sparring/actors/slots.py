@@ -1,13 +1,15 @@
 """A static cache for generation: every row has a slot of fixed size, so a step is one program, compiled once for all shapes.
 
-On CUDA the compiled step is recorded and launched as a whole, where kernels one by one would wait for Python. A slot is another
-row's as soon as its own has ended: continuous batching, in which nothing that stays is moved.
+On CUDA the compiled step is recorded as a graph for each size of the cache, and launched as a whole, where kernels one by one would
+wait for Python. A slot is another row's as soon as its own has ended: continuous batching, in which nothing that stays is moved.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +35,13 @@ class Slots(Cache):
         """``like`` are tensors of G groups and depth D, [..., G, *, D], two for each layer."""
         super().__init__(layers=[])
         self.kept = [tuple(_empty(t, rows, capacity) for t in both) for both in like]
-        self.at = torch.zeros(rows, dtype=torch.long, device=like[0][0].device)  # the column of each row's newest token
+        self._begin(rows, like[0][0].device)
+
+    def _begin(self, rows: int, device: torch.device) -> None:
+        """Memory for what a step is given, and nothing recorded that would use other memory."""
+        self.given = torch.zeros(2, rows, dtype=torch.long, device=device)
+        self.ids, self.at = self.given  # each row's newest token, and the column that it belongs in
+        self.run: Callable[[], Tensor] | None = None
 
     @property
     def capacity(self) -> int:
@@ -65,6 +73,7 @@ class Slots(Cache):
             for into, old in zip(new, both, strict=True):
                 into[:, :, :columns] = old[chosen, :, :columns]
             self.kept[layer] = new
+        self._begin(len(rows), self.at.device)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Write keys and values [R, G, 1, D] into each row's column; all of the layer's."""
@@ -80,10 +89,8 @@ class Slots(Cache):
 
 
 def _empty(like: Tensor, rows: int, capacity: int) -> Tensor:
-    """Of zeros: a weight of 0 makes no number of a NaN. A program may be recorded for its address, and takes any size."""
+    """Of zeros: a weight of 0 makes no number of a NaN. One program takes any number of rows and columns."""
     new = like.new_zeros(rows, like.shape[-3], capacity, like.shape[-1])
-    if new.device.type == "cuda":
-        torch._dynamo.mark_static_address(new)
     for size in (0, 2):
         torch._dynamo.maybe_mark_dynamic(new, size)
     return new
@@ -133,8 +140,12 @@ class SlotBatch(Batch):
         self.tick(sum(not row.going for row in rows))
         waiting = self.queue(rows)
         places: list[Row | None] = [None] * min(self.size, len(waiting))
-        most = max((len(row.prompt) + row.limit for row in waiting), default=0)
+        with implementing(self.model, NAME):
+            self._fill(places, waiting)
+
+    def _fill(self, places: list[Row | None], waiting: deque[Row]) -> None:
         slots: Slots | None = None
+        most = max((len(row.prompt) + row.limit for row in waiting), default=0)
         while True:
             free = [place for place, row in enumerate(places) if row is None or not row.going]
             if waiting and len(free) * GONE >= len(places):
@@ -147,7 +158,10 @@ class SlotBatch(Batch):
                 slots.put({place: pieces[row] for place, row in entering.items() if row.going})
                 del pieces  # the packed prompts
                 continue
-            if slots is None or len(free) == len(places):
+            if slots is None:
+                return
+            if len(free) == len(places):
+                slots.run = None  # which holds the slots that hold it: their memory is wanted now
                 return
             size = max(SMALLEST, 1 << (len(places) - len(free) - 1).bit_length())
             if not waiting and size < len(places):
@@ -168,7 +182,7 @@ class SlotBatch(Batch):
 
     def _capacity(self, places: Sequence[Row | None], most: int) -> int:
         """Columns for what ``places`` hold and some more: a power of two or one and a half, and no more than ``most`` needs."""
-        needed = max(_newest(row) + 1 for row in places if row is not None and row.going)
+        needed = max((_newest(row) + 1 for row in places if row is not None and row.going), default=1)
         return min(_rounded(needed + ROOM), -(-most // 8) * 8)
 
     def _widen(self, slots: Slots, places: Sequence[Row | None], most: int) -> None:
@@ -189,25 +203,50 @@ def _rounded(columns: int) -> int:
 
 
 def step(model: Any, slots: Slots, ids: Sequence[int], at: Sequence[int]) -> Tensor:
-    """Logits [R, V] of what comes after ``ids`` [R], which are put into columns ``at`` [R] of their rows."""
-    device = slots.at.device
-    inputs, slots.at = torch.tensor([ids, at], device=device)
-    with implementing(model, NAME), shapes.patch(use_duck_shape=False):  # type: ignore[attr-defined]
-        if device.type == "cuda":
-            torch.compiler.cudagraph_mark_step_begin()
-        with torch._dynamo.config.patch(recompile_limit=PROGRAMS):
-            found: Tensor = _program(device.type)(model, slots, inputs[:, None])
+    """Logits [R, V] of what comes after ``ids`` [R], which are put into columns ``at`` [R] of their rows.
+
+    They may be overwritten by the next step. ``model`` is one that attends by this module's name.
+    """
+    slots.given.copy_(torch.tensor([ids, at]))
+    if slots.run is None:
+        run = partial(_compiled, model, slots)
+        slots.run = recorded(run) if slots.given.is_cuda else run
+    return slots.run()
+
+
+def recorded(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """``run``, recorded as a CUDA graph: it reads and writes the memory that it has now."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiled and warm before anything is recorded; to run twice changes nothing
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's thread may go on
+        found = run()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return found
+
+    return replay
+
+
+def _compiled(model: Any, slots: Slots) -> Tensor:
+    words = {"use_duck_shape": False}  # a number of rows that equals another size does so by chance
+    with shapes.patch(**words), torch._dynamo.config.patch(recompile_limit=PROGRAMS):  # type: ignore[attr-defined]
+        found: Tensor = _program()(model, slots)
     return found
 
 
-def _logits(model: Any, slots: Slots, ids: Tensor) -> Any:
-    words = {"past_key_values": slots, "use_cache": True, "slots": slots}
-    return model(input_ids=ids, position_ids=slots.at[:, None], attention_mask=None, **words).logits[:, -1]
+def _logits(model: Any, slots: Slots) -> Any:
+    words = {"past_key_values": slots, "use_cache": True, "slots": slots, "attention_mask": None}
+    return model(input_ids=slots.ids[:, None], position_ids=slots.at[:, None], **words).logits[:, -1]
 
 
 @functools.cache
-def _program(device: str) -> Any:
-    return torch.compile(_logits, dynamic=True, mode="reduce-overhead" if device == "cuda" else None)
+def _program() -> Any:
+    return torch.compile(_logits, dynamic=True)
 
 
 def can_slot(model: Any, kind: Kind) -> bool:
@@ -217,12 +256,13 @@ def can_slot(model: Any, kind: Kind) -> bool:
         slots = Slots(3, 64, pieces[0].packed.pairs)
         slots.put({0: pieces[1], 1: pieces[2], 2: pieces[0]})
         lengths = [piece.stop - piece.start for piece in pieces]
-        found = [step(model, slots, [more[0]] * 3, [lengths[1], lengths[2], lengths[0]]).clone()[[2, 1]]]
-        slots.put({0: pieces[0]})
-        step(model, slots, [more[0], 0, 0], [lengths[0], 0, 0])
-        slots.resized([0, 1], 96)
-        slots.put({1: pieces[2]})
-        step(model, slots, [0, more[0]], [lengths[0] + 1, lengths[2]])
-        return [*found, step(model, slots, [more[1]] * 2, [lengths[0] + 1, lengths[2] + 1]).clone()]
+        with implementing(model, NAME):
+            found = [step(model, slots, [more[0]] * 3, [lengths[1], lengths[2], lengths[0]]).clone()[[2, 1]]]
+            slots.put({0: pieces[0]})
+            step(model, slots, [more[0], 0, 0], [lengths[0], 0, 0])
+            slots.resized([0, 1], 96)
+            slots.put({1: pieces[2]})
+            step(model, slots, [0, more[0]], [lengths[0] + 1, lengths[2]])
+            return [*found, step(model, slots, [more[1]] * 2, [lengths[0] + 1, lengths[2] + 1]).clone()]
 
     return agrees(model, kind, follow)

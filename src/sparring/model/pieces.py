@@ -22,6 +22,7 @@ from sparring.model.timing import fastest
 GATED = "self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))"  # as transformers writes it
 MEASURED = {"cuda"}  # elsewhere few runs make up for the compiling
 LEAST = 64  # tokens; with fewer, as in a step of generation, calling a compiled function costs more than it saves
+PROGRAMS = 64  # that a piece may be compiled to: with and without gradient, for precisions, widths, ranks
 TRIED = 4096  # tokens, as a micro-batch has
 
 
@@ -42,9 +43,10 @@ def _either(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
     compiled = torch.compile(plain, dynamic=True)
 
     def forward(module: Any, tensor: Tensor, *more: Tensor) -> Tensor:
-        few = tensor.shape[:-1].numel() < LEAST
-        found: Tensor = (plain if few or torch.compiler.is_compiling() else compiled)(module, tensor, *more)
-        return found
+        if tensor.shape[:-1].numel() < LEAST or torch.compiler.is_compiling():
+            return plain(module, tensor, *more)
+        with torch._dynamo.config.patch(recompile_limit=PROGRAMS):
+            return compiled(module, tensor, *more)
 
     forward.compiled = True  # type: ignore[attr-defined]
     return forward
@@ -82,7 +84,7 @@ def settled(config: Config, start: Any, device: torch.device, world: World, say:
         plain, compiled = (partial(way, *_sample(start, device, computed_in(config))) for way in (_run, _run_compiled))
         if wanted == "auto":
             ways = {"plain": plain, "compiled": compiled}
-            wanted = fastest("norms and MLPs", ways, device, say) == "compiled"
+            wanted = fastest("norms and gated activations", ways, device, say) == "compiled"
         else:
             try:
                 compiled()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import types
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,13 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from sparring.config import ModelConfig
 from sparring.data.chat import Chat
+from sparring.model import linear, norm
 from sparring.model.adapter_folder import find_adapter
-from sparring.model.linear import quicken
 from sparring.records import Prompt
 
 
@@ -140,18 +138,14 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
 
 
 def prepared(model: Any) -> Any:
-    """``model`` with every dropout at 0, since policy and reference must agree where their weights do, and with fast layers.
-
-    A norm that multiplies x / rms(x) by its weight, as Llama's does, is computed by PyTorch's own ``rms_norm``.
-    """
+    """``model`` with every dropout at 0, since policy and reference must agree where their weights do, and with fast layers."""
     for module in model.modules():
-        quicken(module)
+        linear.quicken(module)
+        norm.quicken(module)
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
-        if type(module).__name__.endswith("RMSNorm") and _is_plain(module):
-            module.forward = types.MethodType(_rms_norm, module)
     return model
 
 
@@ -225,23 +219,3 @@ def configuration(config: ModelConfig) -> transformers.PretrainedConfig:
         here = "" if Path(where).is_dir() else "is no folder here, and "
         raise ValueError(f"{config.model_name_or_path} {here}cannot be read as a model: {problem}") from problem
     return found
-
-
-def _rms_norm(norm: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    return nn.functional.rms_norm(hidden_states, norm.weight.shape, norm.weight, norm.variance_epsilon)
-
-
-@torch.no_grad()
-def _is_plain(norm: Any) -> bool:
-    """Whether ``norm`` gives what ``rms_norm`` gives, on numbers that would show a mean taken off or 1 added to the weight.
-
-    It is asked with a weight of its own, so that it can be where the weights have no numbers yet.
-    """
-    weight = getattr(norm, "weight", None)
-    if weight is None or weight.ndim != 1 or not hasattr(norm, "variance_epsilon"):
-        return False
-    with unset_fake_temporarily():
-        trial = copy.copy(norm)  # of the same class, whatever its weight is made of
-        trial._parameters = {"weight": nn.Parameter(torch.linspace(0.5, 2.0, len(weight), device="cpu"))}
-        sample = torch.linspace(-1.0, 2.0, len(weight), device="cpu")[None]
-        return bool(torch.allclose(_rms_norm(trial, sample), type(norm).forward(trial, sample), rtol=1e-5))

@@ -1,0 +1,318 @@
+"""What is compiled computes what is not: steps over a static cache, norms, gated activations; and choices by the clock."""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small import learner, tiny_llama
+from test_generation import FAMILIES, PROMPTS, generated, requests, small_model, writer
+from test_learner import PAIRS, capture
+from toyrun import toy_folder, write_rows
+
+from sparring import resume, train
+from sparring.actors import local, packed, slots
+from sparring.actors.local import LocalWriter
+from sparring.config import AdapterConfig, ModelConfig, TrainingConfig, resolve
+from sparring.journal import Journal
+from sparring.learner import Learner
+from sparring.methods.base import Request, Sampling
+from sparring.methods.offline import DPO
+from sparring.methods.sapo import SAPO
+from sparring.model import pieces
+from sparring.model.adapters import AdapterRoles, with_adapter
+from sparring.model.parallel import ALONE
+from sparring.model.timing import fastest
+from sparring.records import tokens
+
+CPU = torch.device("cpu")
+# PyTorch's compiler asks every tensor for its gradient, and hides what that says from everyone but a test in which it is an error.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """Programs are traced and run as they are, which takes no compiler; the functions that were."""
+    seen: list[Any] = []
+    compiler = torch.compile
+
+    def compiled(function: Any, **options: Any) -> Any:
+        seen.append(function)
+        return compiler(function, backend="eager", **{k: v for k, v in options.items() if k == "dynamic"})
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    slots._program.cache_clear()
+    pieces._either.cache_clear()
+    yield seen
+    slots._program.cache_clear()
+    pieces._either.cache_clear()
+    torch._dynamo.reset()
+
+
+def static(model: Any, batch_size: int = 8, say: Callable[[str], None] = lambda text: None) -> LocalWriter:
+    """A writer with a static cache."""
+    made = writer(model, batch_size)
+    made.cache, made._say = "static", say
+    return made
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_writes_with_a_static_cache_what_generate_writes(family: str, traced: list[Any]) -> None:
+    model, limits = small_model(family), [12, 3, 9, 12, 7]
+    for batch_size in (3, 8):
+        mine = static(model, batch_size)
+        written = mine.write(requests(limits), Sampling(temperature=0))
+        assert [list(w.token_ids) for w in written] == [
+            generated(model, p, n) for p, n in zip(PROMPTS, limits, strict=True)
+        ]
+        assert set(mine.slotted.values()) == {True}
+    assert traced
+
+
+@torch.no_grad()
+def test_a_step_that_is_really_compiled_writes_what_generate_writes() -> None:
+    model = tiny_llama(num_key_value_heads=1).double()
+    mine = static(model, batch_size=3)
+    written = mine.write(requests([12] * 5), Sampling(temperature=0))
+    assert [list(w.token_ids) for w in written] == [generated(model, p, 12) for p in PROMPTS]
+    assert set(mine.slotted.values()) == {True}
+
+
+@torch.no_grad()
+def test_slots_widen_change_hands_and_grow_fewer_without_a_change_in_what_is_written(
+    monkeypatch: pytest.MonkeyPatch, traced: list[Any]
+) -> None:
+    model = small_model("qwen3", eos_token_id=None)
+    asked = [Request(tokens(PROMPTS[i % 5] * (1 + i % 4)), 3 + 17 * i % 40, i) for i in range(23)]
+    whole = writer(model).write(asked, Sampling(0.9, 0.95, 20))
+    widths: list[tuple[int, ...]] = []
+    resized = slots.Slots.resized
+
+    def noted(self: Any, rows: Any, capacity: int) -> None:
+        widths.append((len(rows), capacity))
+        resized(self, rows, capacity)
+
+    monkeypatch.setattr(slots.Slots, "resized", noted)
+    monkeypatch.setattr(slots, "ROOM", 1)
+    monkeypatch.setattr(slots, "SMALLEST", 1)
+    monkeypatch.setattr(slots, "_rounded", lambda columns: -(-columns // 8) * 8)
+    monkeypatch.setattr(packed, "READ", 16)
+    assert static(model, batch_size=6).write(asked, Sampling(0.9, 0.95, 20)) == whole
+    assert {rows for rows, _ in widths} >= {6, 4, 2, 1}
+    assert len({columns for rows, columns in widths if rows == 6}) > 2
+
+
+@torch.no_grad()
+def test_a_recorded_step_needs_nothing_but_the_memory_that_it_was_recorded_with(
+    monkeypatch: pytest.MonkeyPatch, traced: list[Any]
+) -> None:
+    """As a CUDA graph does: what is read lies where it lay, and what comes out lies where it came out first."""
+
+    def recorded(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        run()
+        slots_of: Any = run.args[1]  # type: ignore[attr-defined]
+        held = slots_of.given, slots_of.ids, slots_of.at, list(slots_of.kept)
+        found = run()
+
+        def replay() -> torch.Tensor:
+            assert held[0] is slots_of.given
+            assert (slots_of.ids.data_ptr(), slots_of.at.data_ptr()) == (held[1].data_ptr(), held[2].data_ptr())
+            assert all(a is b for a, b in zip(held[3], slots_of.kept, strict=True))
+            return found.copy_(run())
+
+        return replay
+
+    model = tiny_llama().double()
+    step, compiled = slots.step, slots._compiled
+
+    def stepped(model: Any, about: Any, *given: Any) -> torch.Tensor:
+        if about.run is None:
+            run = slots.partial(compiled, model, about)
+            about.given.copy_(torch.tensor(given))
+            about.run = recorded(run)
+        return step(model, about, *given)
+
+    monkeypatch.setattr(slots, "step", stepped)
+    monkeypatch.setattr(slots, "ROOM", 1)
+    monkeypatch.setattr(slots, "_rounded", lambda columns: -(-columns // 8) * 8)
+    asked = [Request(tokens(PROMPTS[i % 5]), 3 + 7 * i % 20, i) for i in range(11)]
+    assert static(model, 4).write(asked, Sampling()) == writer(model).write(asked, Sampling())
+
+
+@pytest.mark.parametrize("columns", range(1, 700, 7))
+def test_columns_come_in_few_sizes_none_a_third_too_large(columns: int) -> None:
+    found = slots._rounded(columns)
+    assert columns <= found <= max(64, columns * 1.5)
+    assert found % 8 == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fault", ["wrong", "raises"])
+def test_a_compiler_that_errs_is_found_out_and_said(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def program() -> Any:
+        def run(*given: Any) -> torch.Tensor:
+            if fault == "raises":
+                raise RuntimeError("no compiler")
+            found: torch.Tensor = slots._logits(*given).roll(1, -1)
+            return found
+
+        return run
+
+    monkeypatch.setattr(slots, "_program", program)
+    said: list[str] = []
+    model = tiny_llama().double()
+    assert static(model, say=said.append).write(requests([9] * 5), Sampling()) == writer(model).write(
+        requests([9] * 5), Sampling()
+    )
+    assert said == ["LlamaForCausalLM cannot be written with a static cache: it has a dynamic one"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("slow", ["dynamic", "static"])
+def test_auto_takes_the_cache_that_writes_faster_here_and_says_so(
+    slow: str, monkeypatch: pytest.MonkeyPatch, traced: list[Any]
+) -> None:
+    model, said = tiny_llama().double(), []  # type: tuple[Any, list[str]]
+    module = {"dynamic": packed, "static": slots}[slow]
+    step = module.step  # type: ignore[attr-defined]
+    monkeypatch.setattr(module, "step", lambda *given: time.sleep(0.05) or step(*given))
+    mine = writer(model)
+    mine.cache, mine._say = "auto", said.append
+    asked = requests([9] * 5)
+    assert mine.settle([], Sampling()) == "auto", "nothing to go by"
+    monkeypatch.setattr(local, "MEASURED", {"cpu"})
+    written = mine.write(asked, Sampling())
+    assert mine.cache == ({"dynamic", "static"} - {slow}).pop()
+    assert said[0].startswith(f"cache that responses are written with: {mine.cache} (dynamic ")
+    assert written == writer(model).write(asked, Sampling())
+
+
+def test_auto_compiles_nothing_where_it_would_not_pay(traced: list[Any]) -> None:
+    mine = writer(tiny_llama())
+    mine.cache = "auto"
+    mine.write(requests([9] * 5), Sampling())
+    assert mine.cache == "dynamic"
+    config = resolve(SAPO, {}, {"output_dir": "runs/one"})
+    assert config.training.torch_compile == "auto"
+    assert pieces.settled(config, tiny_llama(), CPU, ALONE, lambda text: None).training.torch_compile is False
+    assert not traced
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi"])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_compiled_pieces_give_the_gradient_of_plain_ones(
+    family: str, checkpointed: bool, monkeypatch: pytest.MonkeyPatch, traced: list[Any]
+) -> None:
+    monkeypatch.setattr(pieces, "LEAST", 1)
+
+    def gradient(compiled: bool) -> torch.Tensor:
+        parts = small_model(family).float(), small_model(family, initializer_range=0.1).float()
+        keys = {"gradient_checkpointing": checkpointed, "max_tokens_per_micro_batch": 24}
+        return capture(learner(DPO(), *parts, torch_compile=compiled, **keys), PAIRS)
+
+    plain, compiled = gradient(False), gradient(True)
+    torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-5 * plain.abs().max().item())
+    assert bool(traced) == (family != "phi")  # which has neither
+
+
+def test_gated_activations_are_known_by_their_code() -> None:
+    known = {
+        family: any(pieces._is_gated(type(m).forward) for m in small_model(family).modules()) for family in FAMILIES
+    }
+    assert {family for family, gated in known.items() if not gated} == {"mixtral", "gpt2", "phi"}
+
+
+def test_adapters_learn_the_same_under_compiled_pieces(monkeypatch: pytest.MonkeyPatch, traced: list[Any]) -> None:
+    monkeypatch.setattr(pieces, "LEAST", 1)
+
+    def losses(compiled: bool) -> list[float]:
+        start = with_adapter(tiny_llama(), AdapterConfig(use_peft=True, lora_r=4), None, ModelConfig(), 7)
+        roles = AdapterRoles(start, moving=True, adapted=False, ema_decay=0.5, reference=True, dtype=torch.float32)
+        keys = TrainingConfig(learning_rate=1e-2, warmup_ratio=0.0, torch_compile=compiled)
+        made = Learner(roles, DPO(), keys, pad_id=0, total_steps=10)
+        return [made.update(PAIRS, step)["loss"] for step in range(3)]
+
+    plain = losses(False)
+    assert plain[0] != plain[2]
+    assert losses(True) == pytest.approx(plain, abs=1e-5)
+    assert traced
+
+
+def test_pieces_that_are_really_compiled_are_counted_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "LEAST", 1)
+    plain = capture(learner(DPO(), tiny_llama(), tiny_llama(1)), PAIRS)
+    config = resolve(DPO, {}, {"output_dir": "runs/one", "torch_compile": "true"})
+    assert pieces.settled(config, tiny_llama(), CPU, ALONE, lambda text: None).training.torch_compile is True
+    compiled = capture(learner(DPO(), tiny_llama(), tiny_llama(1), torch_compile=True), PAIRS)
+    torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(compiled, plain), "nothing was compiled"
+
+
+def test_torch_compile_without_a_compiler_is_an_error_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(function: Any, **options: Any) -> Any:
+        def fail(*given: Any) -> Any:
+            raise RuntimeError("InvalidCxxCompiler: no working C++ compiler found")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", broken)
+    pieces._either.cache_clear()
+    config = resolve(DPO, {}, {"output_dir": "runs/one", "torch_compile": "true"})
+    with pytest.raises(
+        ValueError, match=r"torch_compile is true, .*no working C\+\+ compiler.* leave torch_compile at auto"
+    ):
+        pieces.settled(config, tiny_llama(), CPU, ALONE, lambda text: None)
+    said: list[str] = []
+    monkeypatch.setattr(pieces, "MEASURED", {"cpu"})
+    config = resolve(DPO, {}, {"output_dir": "runs/one"})
+    assert pieces.settled(config, tiny_llama(), CPU, ALONE, said.append).training.torch_compile is False
+    assert said[0].startswith("norms and gated activations: plain (plain ")
+    assert "compiled fails: InvalidCxxCompiler: no working C++ compiler found" in said[0]
+    pieces._either.cache_clear()
+
+
+def test_the_fastest_way_is_the_one_that_takes_least_when_it_runs_again() -> None:
+    runs: list[str] = []
+
+    def way(name: str, *seconds: float) -> Callable[[], None]:
+        waits = iter(seconds)
+        return lambda: (runs.append(name), time.sleep(next(waits)))[1]  # type: ignore[func-returns-value]
+
+    said: list[str] = []
+    ways = {"first": way("first", 0, 0.05), "slow at first": way("slow at first", 0.2, 0.0)}
+    assert fastest("the way", ways, CPU, said.append) == "slow at first"
+    assert runs == ["first", "first", "slow at first", "slow at first"]
+    assert said[0].startswith("the way: slow at first (first 5")
+    with pytest.raises(KeyError):
+        fastest("the way", {"first": lambda: {}[1]}, CPU, said.append)
+
+
+def test_what_auto_came_to_is_written_down_and_a_resumed_run_computes_as_it_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, traced: list[Any]
+) -> None:
+    monkeypatch.setattr(local, "MEASURED", {"cpu"})
+    step, slow = packed.step, [0.05]
+    monkeypatch.setattr(packed, "step", lambda *given: time.sleep(slow[0]) or step(*given))
+    keys: dict[str, Any] = {
+        "model_name_or_path": toy_folder(tmp_path / "model"),
+        "dataset_name": write_rows(tmp_path / "rows.jsonl", 12),
+        "output_dir": tmp_path / "run",
+        "max_steps": 4,
+        "segment_tokens": 4,
+        "device": "cpu",
+    }
+    keys = {name: str(value) if isinstance(value, Path) else value for name, value in keys.items()}
+    train("sapo", quiet=True, **keys)
+    found, _ = Journal(tmp_path / "run").configuration()
+    assert (found["cache_implementation"], found["torch_compile"]) == ("static", False)
+    with pytest.raises(ValueError, match="holds this run already"):  # and no run of another configuration
+        train("sapo", quiet=True, **keys)
+    slow[0] = 0.0
+    (tmp_path / "run" / "model").rename(tmp_path / "before")  # a finished run has no checkpoint: it begins anew
+    monkeypatch.setattr(local.LocalWriter, "settle", lambda self, *given: self.cache)
+    resume(tmp_path / "run", quiet=True)
+    before, after = ((tmp_path / place / "model.safetensors").read_bytes() for place in ("before", "run/model"))
+    assert before == after
