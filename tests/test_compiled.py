@@ -28,8 +28,6 @@ from sparring.model.timing import fastest
 from sparring.records import tokens
 
 CPU = torch.device("cpu")
-# PyTorch's compiler asks every tensor for its gradient, and hides what that says from everyone but a test in which it is an error.
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
 
 @pytest.fixture

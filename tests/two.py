@@ -13,6 +13,7 @@ from sparring.config import AdapterConfig, ModelConfig, TrainingConfig
 from sparring.learner import Learner
 from sparring.methods.offline import DPO
 from sparring.methods.sapo import SAPO
+from sparring.model import pieces
 from sparring.model.adapters import AdapterRoles, with_adapter
 from sparring.model.parallel import World, joined, whole
 from sparring.model.roles import Roles
@@ -30,6 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
     "bf16": {"dtype": torch.bfloat16},
     "lora": {"lora": True},
     "one pair": {"pairs": PAIRS[:1]},
+    "compiled": {"torch_compile": True},
 }
 METHODS = {"dpo": DPO(), "sapo": SAPO(loss_type="orpo")}
 
@@ -46,6 +48,7 @@ def play(name: str, world: World, dtype: torch.dtype = torch.float32, **keys: An
         with torch.device("cpu" if world.main else "meta"):
             start = tiny_llama(**shape)
         roles = Roles(start, device=torch.device("cpu"), **parts)
+    pieces.LEAST = 1  # the batches are small, and what is compiled is to be used
     config = TrainingConfig(learning_rate=1e-3, warmup_ratio=0.0, max_tokens_per_micro_batch=20, **keys)
     made = Learner(roles, METHODS[name], config, pad_id=PAD, total_steps=10)
     figures = []
