@@ -110,11 +110,12 @@ class Batch:
 
 def read(model: Any, kind: Kind, prompts: Sequence[Tokens], device: torch.device) -> tuple[Tensor, list[Piece]]:
     """Logits [P, V] of what comes after each of ``prompts``, and where their keys and values are."""
-    packed = pack([Group(prompt, [prompt[:1]]) for prompt in prompts], device)  # of one token, which is not laid out
+    groups = [Group(prompt, [prompt[:1]]) for prompt in prompts]  # of one token, which is not laid out
+    packed = pack(groups, device, even=kind == "flex")
     words = inputs(model, packed, kind) | {"use_cache": True, "past_key_values": (recorder := Recorder())}
     with attending(model, kind):
         logits: Tensor = model(**words, logits_to_keep=packed.scored.predictors).logits[0]
-    return logits, [Piece(recorder, segment.start, segment.stop) for segment in packed.segments]
+    return logits, [Piece(recorder, segment.start, segment.stop) for segment in packed.segments[: len(prompts)]]
 
 
 def step(model: Any, columns: Columns, ids: Sequence[int], going: Sequence[bool]) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 import types
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,11 +14,11 @@ import torch
 from torch import Tensor
 
 from sparring.config import Config
+from sparring.model import gated
 from sparring.model.parallel import World
 from sparring.model.start import computed_in
 from sparring.model.timing import fastest
 
-GATED = "self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))"  # as transformers writes it
 MEASURED = {"cuda"}  # elsewhere few runs make up for the compiling
 LEAST = 64  # tokens; with fewer, as in a step of generation, calling a compiled function costs more than it saves
 PROGRAMS = 64  # that a piece may be compiled to: with and without gradient, for precisions, widths, ranks
@@ -31,44 +30,30 @@ def compile_pieces(model: Any) -> None:
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = types.MethodType(_either(module.forward.__func__), module)
-        elif _is_gated(type(module).forward):
-            module.forward = types.MethodType(_gated_mlp, module)
+        elif gated.kind_of(module):
+            gated.quicken(module, compiled())
 
 
 @functools.cache
-def _either(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """``plain(module, tensor, ...)``, compiled where there is enough to do; once for all modules of a kind, and for all lengths."""
+def _either(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """``plain(module or kind, tensor, ...)``, compiled where there is enough to do; once for all of a kind, and for all lengths."""
     if getattr(plain, "compiled", False):
         return plain
-    compiled = torch.compile(plain, dynamic=True)
+    program = torch.compile(plain, dynamic=True)
 
-    def forward(module: Any, tensor: Tensor, *more: Tensor) -> Tensor:
+    def forward(module: Any, tensor: Tensor, *more: Tensor) -> Any:
         if tensor.shape[:-1].numel() < LEAST or torch.compiler.is_compiling():
             return plain(module, tensor, *more)
         with torch._dynamo.config.patch(recompile_limit=PROGRAMS):
-            return compiled(module, tensor, *more)
+            return program(module, tensor, *more)
 
     forward.compiled = True  # type: ignore[attr-defined]
     return forward
 
 
-@functools.cache
-def _is_gated(forward: Callable[..., Any]) -> bool:
-    """Whether that method computes down(act(gate x) * up x), by its text."""
-    try:
-        return GATED in inspect.getsource(forward)
-    except (OSError, TypeError):
-        return False
-
-
-def _gated_mlp(mlp: Any, x: Tensor) -> Tensor:
-    found: Tensor = mlp.down_proj(_either(_product)(mlp.act_fn, mlp.gate_proj(x), mlp.up_proj(x)))
-    return found
-
-
-def _product(activation: Any, gate: Tensor, up: Tensor) -> Tensor:
-    found: Tensor = activation(gate) * up
-    return found
+def compiled() -> gated.Way:
+    """A gated MLP's element-wise part, compiled."""
+    return gated.Way(_either(gated.product), _either(gated.slopes))
 
 
 def settled(config: Config, start: Any, device: torch.device, world: World, say: Callable[[str], None]) -> Config:
@@ -81,13 +66,13 @@ def settled(config: Config, start: Any, device: torch.device, world: World, say:
     if wanted == "auto" and device.type not in MEASURED:
         wanted = False
     if wanted is not False and world.main:
-        plain, compiled = (partial(way, *_sample(start, device, computed_in(config))) for way in (_run, _run_compiled))
+        plain, quick = (partial(way, *_sample(start, device, computed_in(config))) for way in (_run, _run_compiled))
         if wanted == "auto":
-            ways = {"plain": plain, "compiled": compiled}
+            ways = {"plain": plain, "compiled": quick}
             wanted = fastest("norms and gated activations", ways, device, say) == "compiled"
         else:
             try:
-                compiled()
+                quick()
             except (RuntimeError, ImportError) as problem:
                 raise ValueError(
                     f"torch_compile is true, and PyTorch cannot compile here ({problem}): it needs a C++ compiler, on CUDA Triton; "
@@ -103,7 +88,7 @@ def _sample(start: Any, device: torch.device, dtype: torch.dtype) -> tuple[list[
     first: dict[type, Any] = {}
     for module in start.modules():
         norm = type(module).__name__.endswith("RMSNorm") and module.weight.shape == (size,)
-        if norm or _is_gated(type(module).forward):
+        if norm or gated.kind_of(module):
             first.setdefault(type(module), module)
     pieces = [copy.deepcopy(module).to(device, dtype) for module in first.values()]
     generator = torch.Generator(device).manual_seed(0)

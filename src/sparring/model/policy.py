@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from sparring.config import ModelConfig
 from sparring.data.chat import Chat
-from sparring.model import linear, norm
+from sparring.model import gated, linear, norm
 from sparring.model.adapter_folder import find_adapter
 from sparring.records import Prompt
 
@@ -142,6 +142,7 @@ def prepared(model: Any) -> Any:
     for module in model.modules():
         linear.quicken(module)
         norm.quicken(module)
+        gated.quicken(module)
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
