@@ -252,7 +252,9 @@ def _flex_masks(model: Any, packed: Packed) -> Any:
             return inside if window is None else inside & (at[q] - at[k] < window)
 
         # Compiled, the mask of every token against every other is never in memory.
-        return create_block_mask(sees, None, None, length, length, device=device, _compile=device.type == "cuda")
+        found: Any = create_block_mask(sees, None, None, length, length, device=device, _compile=device.type == "cuda")
+        found.ndim = 4  # GPT-2 asks, and takes what has four dimensions as it is
+        return found
 
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
