@@ -255,7 +255,7 @@ def test_the_command_reads_recipes_and_flags_and_says_whether_it_fits(
     recipe.write_text(f"method: sapo\nmax_length: 96\nmodel_name_or_path: {inputs['model_name_or_path']}\n")
     assert main(["plan", "--config", str(recipe)]) == 0
     out = capsys.readouterr().out
-    for words in ("weights", "EMA", "reference's pass", "KV cache", "peak", "available", "4,096", "fits"):
+    for words in ("weights", "EMA", "reference's pass", "KV cache", "peak", "available", "2,048", "fits"):
         assert words in out
     assert main(["plan", "--config", str(recipe), "--max_tokens_per_micro_batch", "999", "--json"]) == 0
     made = json.loads(capsys.readouterr().out)

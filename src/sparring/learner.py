@@ -26,7 +26,7 @@ from sparring.model.pieces import compile_pieces
 from sparring.model.roles import Roles, checkpointing
 from sparring.records import Pair
 
-BUDGET = 4096  # tokens of a micro-batch that nobody has chosen
+BUDGET = 2048  # tokens of a micro-batch that nobody has chosen
 Terms = Callable[[LogProbs], dict[str, Tensor]]
 
 
@@ -53,10 +53,9 @@ class Learner:
         self.sealed = False  # the reference has left memory, and what it said is all there is
         self.layout: Kind | None = None  # found out on the first pairs, or known from a checkpoint
         self._scorer: Scorer | None = None
-        if config.torch_compile is True:
-            for model in (roles.worker, roles.reference):
-                if isinstance(model, torch.nn.Module):  # not an adapter, which is one with the worker
-                    compile_pieces(model)
+        for model in (roles.worker, roles.reference) if config.torch_compile is True else ():
+            if isinstance(model, torch.nn.Module):  # not an adapter, which is one with the worker
+                compile_pieces(model)
         roles.worker.train()
         if config.gradient_checkpointing:
             checkpointing(roles.worker)
@@ -148,7 +147,8 @@ class Learner:
         sizes = [scorer.size(group) for group in groups]
         longest = max(range(len(pairs)), key=sizes.__getitem__)
         # No pair that fits packed is refused because its model has to be padded.
-        budget = max(self.budget, sizes[longest]) if scorer.kind == "dense" else self.budget
+        free = scorer.kind == "dense" or self.config.max_tokens_per_micro_batch == "auto"
+        budget = max(self.budget, sizes[longest]) if free else self.budget
         if sizes[longest] > budget:
             raise ValueError(
                 f"the pair of row {pairs[longest].prompt_id} takes {sizes[longest]} tokens, and max_tokens_per_micro_batch is "

@@ -43,7 +43,8 @@ class RMSNorm(torch.autograd.Function):
             along = dy * normed
             if ctx.needs_input_grad[1]:
                 d_weight += along.sum(0)
-            mean = torch.mv(along, scale).div_(size)[:, None]
+            # Not by BLAS, whose sums depend on where in memory the weight lies.
+            mean = along.mul_(scale).sum(1, keepdim=True).div_(size)
             into.copy_((dy * scale).sub_(normed.mul_(mean)).mul_(r))
         return d_hidden, d_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None, None
 

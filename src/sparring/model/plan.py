@@ -24,7 +24,7 @@ from sparring.records import Prompt
 
 MARGIN = 0.1  # of what is available stays free: allocators leave gaps, and others use the machine too
 # Matrix products of so many rows keep the whole device busy; a choice, of which the one for CUDA is yet to be measured.
-SATURATED = {"cpu": 4096, "cuda": 32768}
+SATURATED = {"cpu": 2048, "cuda": 32768}
 LEAST = 256  # tokens below which no micro-batch goes by itself: weights are read anew for each one
 
 Phase = Literal["always", "update", "glance", "writing"]
@@ -75,7 +75,7 @@ class Plan:
         return self.missing == 0
 
     def __str__(self) -> str:
-        """needs about 3.2 GB of 20 GB; 4,096 tokens a micro-batch"""
+        """needs about 3.2 GB of 20 GB; 2,048 tokens a micro-batch"""
         of = "" if self.available is None else f" of {gigabytes(self.available)}"
         short = "" if self.fits else ", which may not be enough"
         return f"needs about {gigabytes(self.needed)}{of}{short}; {self.tokens:,} tokens a micro-batch"
