@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from sparring.methods.sapo import SAPO
 from sparring.model import pieces
 from sparring.model.adapters import AdapterRoles, with_adapter
 from sparring.model.parallel import ALONE
+from sparring.model.policy import prepared
+from sparring.model.roles import Roles
 from sparring.model.timing import fastest
 from sparring.records import tokens
 
@@ -230,6 +233,28 @@ def test_adapters_learn_the_same_under_compiled_pieces(monkeypatch: pytest.Monke
     assert plain[0] != plain[2]
     assert losses(True) == pytest.approx(plain, abs=1e-5)
     assert traced
+
+
+def test_a_static_cache_writes_with_the_role_s_own_weights(traced: list[Any]) -> None:
+    start = with_adapter(tiny_llama(), AdapterConfig(use_peft=True, lora_r=4), None, ModelConfig(), 7)
+    words: dict[str, Any] = {"moving": True, "adapted": False, "reference": True, "dtype": torch.float32}
+    adapters = AdapterRoles(start, ema_decay=0.5, **words)
+    for number, tensor in enumerate(p for role in (adapters.ema, adapters.learnt) for p in role.parameters()):
+        torch.nn.init.normal_(tensor.data, std=0.5, generator=torch.Generator().manual_seed(number))
+    copied = Roles(prepared(tiny_llama()), ema_decay=0.5, reference=True, dtype=torch.bfloat16)
+    torch._foreach_mul_([p.data for p in copied.ema.parameters()], 1.5)
+    copied.sync()
+    asked = requests([9] * 5)
+    for roles in (adapters, copied):
+        found = {}
+        for cache in ("dynamic", "static", "static"):
+            for role in ("policy", "ema", "reference"):
+                mine = writer(None)
+                mine.cache, mine._playing = cache, partial(roles.playing, role)
+                written = mine.write(asked, Sampling(0.7))
+                assert written == found.setdefault(role, written), (cache, role)
+                assert cache == "dynamic" or set(mine.slotted.values()) == {True}
+        assert found["policy"] != found["ema"]
 
 
 def test_pieces_that_are_really_compiled_are_counted_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
