@@ -40,7 +40,7 @@ soak: $(VENV)/.dev ## the slow tests
 	$(BIN)/python -m pytest -m slow -n $(WORKERS)
 
 bench: $(VENV)/.dev ## short forms of the benchmarks, under 10 minutes; without lora_memory.py, and the long demo_table.py, methods_table.py, planted_error.py, noisy_judge.py, bcr.py
-	@for script in step_vs_trl generation sapo_loop scaling gpu; do \
+	@for script in step_vs_trl generation sapo_loop scaling compiled gpu; do \
 	  echo "== $$script"; $(BIN)/python benchmarks/$$script.py --quick; done
 
 constraints: ## resolve constraints.txt anew, with Python 3.11

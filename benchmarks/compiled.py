@@ -78,7 +78,6 @@ def writing(
     for turn in range(turns + 1):
         requests = requests_of(case, shape, new, turn)
         for cache in sorted(sides, reverse=bool(turn % 2)):
-            clock.start()
             rate, _ = timed(
                 clock,
                 lambda: [list(w.token_ids) for w in sides[cache].write(requests, case.sampling)],  # noqa: B023
@@ -87,7 +86,6 @@ def writing(
                 rates[cache].append(rate)
             else:
                 first[cache] = clock.stop()
-    assert all(sides["static"].slotted.values()), "the static cache was found wrong"
     times = ratios(rates["static"], rates["dynamic"])
     cells = [spread(rates[cache], 0) for cache in ("dynamic", "static")]
     limits = f"{new}, {'even' if case.even else 'uneven'}"

@@ -141,6 +141,7 @@ def test_make_bench_names_every_script_or_says_why_not() -> None:
     scripts = {path.stem for path in BENCHMARKS.glob("[a-z]*.py")}
     assert scripts == {
         "bcr",
+        "compiled",
         "demo_table",
         "generation",
         "gpu",

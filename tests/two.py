@@ -49,6 +49,8 @@ def play(name: str, world: World, dtype: torch.dtype = torch.float32, **keys: An
             start = tiny_llama(**shape)
         roles = Roles(start, device=torch.device("cpu"), **parts)
     pieces.LEAST = 1  # the batches are small, and what is compiled is to be used
+    # AdamW makes a step of a gradient that is all but 0, and of its rounding: of one in a hundred thousandth of the others', say.
+    keys = {"adam_epsilon": 1e-6} | keys
     config = TrainingConfig(learning_rate=1e-3, warmup_ratio=0.0, max_tokens_per_micro_batch=20, **keys)
     made = Learner(roles, METHODS[name], config, pad_id=PAD, total_steps=10)
     figures = []

@@ -61,6 +61,7 @@ def _key(learner: Learner, pairs: Sequence[Pair], start_fingerprint: str) -> str
         learner.budget,
         learner.roles.world.size,
         layout,
+        learner.config.torch_compile,
     )
     digest.update(repr((*about, versions(), learner.roles.described())).encode())
     for pair in pairs:

@@ -70,6 +70,8 @@ def resume(output_dir: str | Path, *, judge: Any = None, quiet: bool = False) ->
     """
     journal = Journal(Path(output_dir))
     keys, about = journal.configuration()
+    keys.setdefault("cache_implementation", "dynamic")  # runs from before there was a choice have neither
+    keys.setdefault("torch_compile", False)
     kind = method_called(keys.pop("method"))
     config = resolve(kind, keys, {"output_dir": str(output_dir)})
     if (journal.folder / "model").is_dir():

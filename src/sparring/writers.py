@@ -69,7 +69,7 @@ class Writers(Mapping[str, Writer]):
         self._step, self._previous, self._tick, self._say = step, previous, tick, say
         self._world, self._device, self._prompts, self._folder = world, device, prompts, folder
         if config.generation.cache_implementation == "auto":
-            local = config.generation.generation_backend == "local"
+            local = config.generation.generation_backend == "local" and world.size == 1
             found: CacheKind = self._faster_cache(room) if room and local else "dynamic"
             self.config = replace(config, generation=replace(config.generation, cache_implementation=found))
         self._known: dict[str, Writer] = {role: self._role(role) for role in ROLES}
@@ -138,7 +138,7 @@ class Writers(Mapping[str, Writer]):
         )
 
     def _faster_cache(self, room: int) -> CacheKind:
-        """What the main process finds with the first prompts, so that all compute alike, and the run when it is taken up again."""
+        """What is found with the first prompts; it goes into the run's configuration, so a resumed one computes as it began."""
         some = self._prompts[: self.config.generation.generation_batch_size]
         asked = [
             Request(p.token_ids, max(0, min(TRIAL, room - len(p.token_ids))), place) for place, p in enumerate(some)
@@ -146,7 +146,7 @@ class Writers(Mapping[str, Writer]):
         found = self._alone(lambda: self._roles.playing("policy", alone=True), lambda: "policy").settle(
             asked, Sampling()
         )
-        return "static" if self._world.told(found) == "static" else "dynamic"
+        return "static" if found == "static" else "dynamic"
 
     def _role(self, role: Role, *, alone: bool = False) -> Writer:
         name = role if role in self._roles.kept() else "policy"
@@ -223,9 +223,14 @@ def _messages(prompt: Prompt) -> Sequence[Message]:
     return [{"role": "user", "content": content}] if isinstance(content, str) else content
 
 
-def check_generation(config: Config, method: Method) -> None:
-    """Raise ValueError where a server cannot write what ``method`` wants, before time is spent."""
+def check_generation(config: Config, method: Method, world: World) -> None:
+    """Raise ValueError where what ``method`` wants cannot be written as ``config`` has it, before time is spent."""
     keys = config.generation
+    if keys.cache_implementation == "static" and world.size > 1:
+        raise ValueError(
+            f"cache_implementation is static, and {world.size} processes gather their weights to write, which cannot be recorded: "
+            "use auto or dynamic"
+        )
     if keys.generation_backend != "server":
         return
     check_servers(keys)

@@ -13,18 +13,17 @@ import torch
 from sparring.actors.packed import Batch, Row, can_pack
 from sparring.actors.padded import write_padded
 from sparring.actors.sampling import choose
-from sparring.actors.slots import SlotBatch, can_slot
+from sparring.actors.slots import SlotBatch, cannot_slot
 from sparring.methods.base import Request, Sampling, Writing
+from sparring.model import compiling
 from sparring.model.attention import Kind, kind_for
 from sparring.model.logps import unwrapped
-from sparring.model.timing import fastest
 from sparring.records import Tokens, tokens
 
 __all__ = ["CacheKind", "LocalWriter", "choose"]
 
 CacheKind = Literal["auto", "dynamic", "static"]
-KINDS: dict[str, type[Batch]] = {"dynamic": Batch, "static": SlotBatch}
-MEASURED = {"cuda"}  # elsewhere compiling takes longer than most runs write
+CACHES: dict[str, type[Batch]] = {"dynamic": Batch, "static": SlotBatch}
 TRIAL = 48  # tokens that rows write at most while the caches are compared
 
 
@@ -51,14 +50,15 @@ class LocalWriter:
         """``playing`` gives the model; ``source`` its name at the time; ``tick`` is told of finished rows.
 
         ``cache``: one that grows with its rows (dynamic), or of fixed slots, with the step compiled (static); auto is what
-        :meth:`settle` finds with the first requests. A model that cannot have a static one has a dynamic one, and ``say`` is told;
-        one that cannot be packed has transformers' own.
+        :meth:`settle` finds with the first requests, which ``say`` is told. A model that cannot be packed has transformers' own.
         """
         self._playing, self._source, self._decode = playing, source, decode
         self.end_ids, self.pad_id, self.batch_size, self._tick = end_ids, pad_id, batch_size, tick
         self.cache, self._say = cache, say
         self.layouts: dict[tuple[type, torch.dtype], Kind] = {}  # that models turned out to be right in
-        self.slotted: dict[tuple[type, torch.dtype], bool] = {}  # whether a static cache turned out to be right
+        self.slotted: dict[
+            tuple[type, torch.dtype], str | None
+        ] = {}  # why they cannot have a static cache; None: they can
 
     @property
     def source(self) -> str:
@@ -70,48 +70,54 @@ class LocalWriter:
         return self._decode(token_ids)
 
     def write(self, requests: Sequence[Request], sampling: Sampling) -> list[Writing]:
-        """One writing for each request, in order."""
+        """One writing for each request, in order; ValueError where a static cache is asked for, and the model cannot have one."""
         rows, cache = [Row(request) for request in requests], self.settle(requests, sampling)
         with self._playing() as playing, torch.no_grad():
             model = unwrapped(playing)
             kind = self._layout(model)
             if kind == "dense":
                 write_padded(model, rows, self.batch_size, sampling, self.end_ids, self.pad_id, self._tick)
+            elif cache == "static" and (reason := self._cannot_slot(model, kind)):
+                raise ValueError(
+                    f"cache_implementation is static, and {type(model).__name__} cannot be written so here ({reason}): leave it at "
+                    "auto, or give dynamic"
+                )
             else:
-                static = cache == "static" and self._slots(model, kind)
-                about = model, kind, self.batch_size, sampling, self.end_ids, self._tick
-                KINDS["static" if static else "dynamic"](*about).write(rows)
+                self._batch(cache, model, kind, sampling, self._tick).write(rows)
         return [Writing(tokens(row.ids), finished=bool(row.ids) and row.ids[-1] in self.end_ids) for row in rows]
 
     def settle(self, requests: Sequence[Request], sampling: Sampling) -> CacheKind:
         """Which cache is faster with the first of ``requests``: on CUDA measured, elsewhere dynamic; where it is auto."""
-        if self.cache != "auto" or not requests:
+        few = [replace(r, max_new_tokens=min(TRIAL, r.max_new_tokens)) for r in requests[: self.batch_size]]
+        if self.cache != "auto" or not any(request.max_new_tokens for request in few):
             return self.cache
         self.cache = "dynamic"
         with self._playing() as playing, torch.no_grad():
             model = unwrapped(playing)
             device = next(model.parameters()).device
-            if device.type not in MEASURED or (kind := self._layout(model)) == "dense":
+            if device.type not in compiling.MEASURED or (kind := self._layout(model)) == "dense":
                 return self.cache
-            few = [replace(r, max_new_tokens=min(TRIAL, r.max_new_tokens)) for r in requests[: self.batch_size]]
-            about = model, kind, self.batch_size, sampling, self.end_ids, lambda rows: None
 
             def way(cache: str) -> None:
-                if cache == "static" and not self._slots(model, kind):
-                    raise RuntimeError("its logits are not those of plain forward passes")
-                KINDS[cache](*about).write([Row(request) for request in few])
+                if cache == "static" and (reason := self._cannot_slot(model, kind)):
+                    raise RuntimeError(reason)
+                self._batch(cache, model, kind, sampling).write([Row(request) for request in few])
 
-            ways = {cache: partial(way, cache) for cache in KINDS}
-            if fastest("cache that responses are written with", ways, device, self._say) == "static":
+            ways = {cache: partial(way, cache) for cache in CACHES}
+            if compiling.fastest("the cache for writing", ways, device, self._say) == "static":
                 self.cache = "static"
         return self.cache
 
-    def _slots(self, model: Any, kind: Kind) -> bool:
+    def _batch(
+        self, cache: str, model: Any, kind: Kind, sampling: Sampling, tick: Callable[[int], None] = lambda rows: None
+    ) -> Batch:
+        made = CACHES["dynamic" if cache == "auto" else cache]
+        return made(model, kind, self.batch_size, sampling, self.end_ids, tick)
+
+    def _cannot_slot(self, model: Any, kind: Kind) -> str | None:
         name = type(model), next(model.parameters()).dtype
         if name not in self.slotted:
-            self.slotted[name] = can_slot(model, kind)
-            if not self.slotted[name]:
-                self._say(f"{name[0].__name__} cannot be written with a static cache: it has a dynamic one")
+            self.slotted[name] = cannot_slot(model, kind)
         return self.slotted[name]
 
     def _layout(self, model: Any) -> Kind:

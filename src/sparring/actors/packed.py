@@ -15,6 +15,7 @@ from sparring.actors.sampling import choose
 from sparring.data.packing import Group, pack
 from sparring.methods.base import Request, Sampling
 from sparring.model.attention import Kind, attending, implementing, inputs
+from sparring.model.compiling import first_line
 from sparring.records import Tokens, tokens
 
 READ = 8192  # tokens of prompts in one forward pass, unless one prompt has more
@@ -149,12 +150,12 @@ def can_pack(model: Any, kind: Kind) -> bool:
 
     windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     expects = "sliding_attention" in layers if layers else bool(windowed)
-    return agrees(model, kind, follow) and (not expects or windows != {None})
+    return differs(model, kind, follow) is None and (not expects or windows != {None})
 
 
 @torch.no_grad()
-def agrees(model: Any, kind: Kind, follow: Callable[[Sequence[Piece], Sequence[int]], list[Tensor]]) -> bool:
-    """Whether prompts read as ``kind``, and what ``follow`` makes of them, give the logits of plain forward passes.
+def differs(model: Any, kind: Kind, follow: Callable[[Sequence[Piece], Sequence[int]], list[Tensor]]) -> str | None:
+    """Why prompts read as ``kind``, and what ``follow`` makes of them, do not give plain forward passes' logits; None: they do.
 
     ``follow`` gets three pieces, and what comes after the first and the third: logits [2, V] after each of those tokens.
     """
@@ -168,10 +169,10 @@ def agrees(model: Any, kind: Kind, follow: Callable[[Sequence[Piece], Sequence[i
             expected = model(input_ids=ids, use_cache=False).logits[0, -3:].float()
             away = torch.stack([logits[row] for logits in found]).float() - expected
             if not away.square().mean().sqrt() <= TOLERANCE.get(found[0].dtype, 1e-3) * expected.std():
-                return False
-    except UNPACKABLE:
-        return False
-    return True
+                return "its logits are not those of plain forward passes"
+    except UNPACKABLE as problem:
+        return first_line(problem)
+    return None
 
 
 def _parts(groups: Sequence[list[Row]]) -> Iterator[list[list[Row]]]:

@@ -1,13 +1,13 @@
 """A static cache for generation: every row has a slot of fixed size, so a step is one program, compiled once for all shapes.
 
 On CUDA the compiled step is recorded as a graph for each size of the cache, and launched as a whole, where kernels one by one would
-wait for Python. A slot is another row's as soon as its own has ended: continuous batching, in which nothing that stays is moved.
+wait for Python. Slots whose rows have ended go to others, an eighth of them at a time: continuous batching, in which nothing that
+stays is moved.
 """
 
 from __future__ import annotations
 
 import functools
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -19,8 +19,9 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
 from sparring.actors.cache import Piece, Recorder
-from sparring.actors.packed import GONE, Batch, Row, agrees
+from sparring.actors.packed import GONE, Batch, Row, differs
 from sparring.model.attention import Kind, implementing
+from sparring.model.compiling import allow
 
 NAME = "sparring_slots"
 ROOM = 128  # columns that are there before they are needed
@@ -50,19 +51,21 @@ class Slots(Cache):
 
     def put(self, pieces: Mapping[int, Piece]) -> None:
         """Let slots hold prompts that were read, in place of what they held."""
-        by_packed: dict[int, tuple[Recorder, list[tuple[int, Piece]]]] = {}
+        by_packed: dict[int, tuple[Recorder, dict[int, Piece]]] = {}
         for slot, piece in pieces.items():
-            by_packed.setdefault(id(piece.packed), (piece.packed, []))[1].append((slot, piece))
+            by_packed.setdefault(id(piece.packed), (piece.packed, {}))[1][slot] = piece
+        device = self.at.device
         for recorder, entering in by_packed.values():
-            places = [
-                (slot, column, position)
-                for slot, piece in entering
-                for column, position in enumerate(range(piece.start, piece.stop))
-            ]
-            slots, columns, positions = torch.tensor(places, device=self.at.device).T
+            lengths = torch.tensor([piece.stop - piece.start for piece in entering.values()], device=device)
+            into = torch.tensor(list(entering), device=device)
+            rows = into.repeat_interleave(lengths)
+            columns = torch.cat([torch.arange(piece.stop - piece.start, device=device) for piece in entering.values()])
+            starts = torch.tensor([piece.start for piece in entering.values()], device=device)
+            positions = columns + starts.repeat_interleave(lengths)
             for mine, read in zip(self.kept, recorder.pairs, strict=True):
-                for into, source in zip(mine, read, strict=True):
-                    into[slots, :, columns] = source[:, positions].transpose(0, 1)
+                for slots, source in zip(mine, read, strict=True):
+                    slots[into] = 0  # what was not finite there would be so with a weight of 0 too
+                    slots[rows, :, columns] = source[:, positions].transpose(0, 1)
 
     def resized(self, rows: Sequence[int], capacity: int) -> None:
         """Become a cache of these ``rows`` alone, with ``capacity`` columns, layer by layer."""
@@ -139,54 +142,55 @@ class SlotBatch(Batch):
         """Write ``rows`` to their ends; long prompts come first, and equal ones together."""
         self.tick(sum(not row.going for row in rows))
         waiting = self.queue(rows)
-        places: list[Row | None] = [None] * min(self.size, len(waiting))
-        with implementing(self.model, NAME):
-            self._fill(places, waiting)
-
-    def _fill(self, places: list[Row | None], waiting: deque[Row]) -> None:
-        slots: Slots | None = None
         most = max((len(row.prompt) + row.limit for row in waiting), default=0)
-        while True:
-            free = [place for place, row in enumerate(places) if row is None or not row.going]
-            if waiting and len(free) * GONE >= len(places):
-                entering = {place: waiting.popleft() for place in free[: len(waiting)]}
-                places = [entering.get(place, row) for place, row in enumerate(places)]
-                pieces = self.enter(list(entering.values()))
-                if slots is None:
-                    slots = Slots(len(places), self._capacity(places, most), next(iter(pieces.values())).packed.pairs)
-                self._widen(slots, places, most)
-                slots.put({place: pieces[row] for place, row in entering.items() if row.going})
-                del pieces  # the packed prompts
-                continue
-            if slots is None:
-                return
-            if len(free) == len(places):
+        places = [waiting.popleft() for _ in range(min(self.size, len(waiting)))]
+        slots: Slots | None = None
+        entering = dict(enumerate(places))
+        try:
+            with implementing(self.model, NAME):
+                while entering or any(row.going for row in places):
+                    if entering:
+                        slots = self._admit(slots, places, entering, most)
+                    elif slots is not None:
+                        if not waiting:
+                            places = self._fewer(slots, places)
+                        self._widen(slots, places, most)
+                        at = [_newest(row) if row.going else 0 for row in places]
+                        self.choose(places, step(self.model, slots, [row.ids[-1] for row in places], at))
+                    free = [place for place, row in enumerate(places) if not row.going]
+                    enough = len(free) * GONE >= len(places)
+                    entering = {place: waiting.popleft() for place in free[: len(waiting)]} if enough else {}
+                    places = [entering.get(place, row) for place, row in enumerate(places)]
+        finally:
+            if slots is not None:
                 slots.run = None  # which holds the slots that hold it: their memory is wanted now
-                return
-            size = max(SMALLEST, 1 << (len(places) - len(free) - 1).bit_length())
-            if not waiting and size < len(places):
-                kept = sorted(range(len(places)), key=lambda place: place in free)[:size]
-                slots.resized(kept, slots.capacity)
-                places = [places[place] for place in kept]
-            self._widen(slots, places, most)
-            self._step(slots, places)
 
-    def _step(self, slots: Slots, places: Sequence[Row | None]) -> None:
-        """A token for each row."""
-        rows = [row for row in places if row is not None]
-        going = [row is not None and row.going for row in places]
-        ids = [row.ids[-1] if row is not None else 0 for row in places]
-        at = [_newest(row) if row is not None and row.going else 0 for row in places]
-        logits = step(self.model, slots, ids, at)
-        self.choose(rows, logits[: len(rows)] if len(rows) == len(going) else logits[[r is not None for r in places]])
+    def _admit(self, slots: Slots | None, places: Sequence[Row], entering: Mapping[int, Row], most: int) -> Slots:
+        """Read the prompts of ``entering``, write a first token for each, and let their slots hold them."""
+        pieces = self.enter(list(entering.values()))
+        if slots is None:
+            slots = Slots(len(places), self._capacity(places, most), next(iter(pieces.values())).packed.pairs)
+        self._widen(slots, places, most)
+        slots.put({place: pieces[row] for place, row in entering.items() if row.going})
+        return slots
 
-    def _capacity(self, places: Sequence[Row | None], most: int) -> int:
+    def _fewer(self, slots: Slots, places: list[Row]) -> list[Row]:
+        """The rows, without those that have ended where half of the slots would do."""
+        going = [place for place, row in enumerate(places) if row.going]
+        size = max(SMALLEST, 1 << (len(going) - 1).bit_length())
+        if size >= len(places):
+            return places
+        kept = sorted(range(len(places)), key=lambda place: not places[place].going)[:size]
+        slots.resized(kept, slots.capacity)
+        return [places[place] for place in kept]
+
+    def _capacity(self, places: Sequence[Row], most: int) -> int:
         """Columns for what ``places`` hold and some more: a power of two or one and a half, and no more than ``most`` needs."""
-        needed = max((_newest(row) + 1 for row in places if row is not None and row.going), default=1)
+        needed = max((_newest(row) + 1 for row in places if row.going), default=1)
         return min(_rounded(needed + ROOM), -(-most // 8) * 8)
 
-    def _widen(self, slots: Slots, places: Sequence[Row | None], most: int) -> None:
-        longest = max((_newest(row) + 1 for row in places if row is not None and row.going), default=0)
+    def _widen(self, slots: Slots, places: Sequence[Row], most: int) -> None:
+        longest = max((_newest(row) + 1 for row in places if row.going), default=0)
         if longest > slots.capacity:
             slots.resized(range(len(places)), self._capacity(places, most))
 
@@ -209,21 +213,33 @@ def step(model: Any, slots: Slots, ids: Sequence[int], at: Sequence[int]) -> Ten
     """
     slots.given.copy_(torch.tensor([ids, at]))
     if slots.run is None:
-        run = partial(_compiled, model, slots)
-        slots.run = recorded(run) if slots.given.is_cuda else run
+        run = partial(_program(), model, slots)
+        # A number of rows that equals another size does so by chance. It is compiled here, if at all.
+        with shapes.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+            slots.run = recorded(run, slots.given.device) if slots.given.is_cuda else run
+            return slots.run()
     return slots.run()
 
 
-def recorded(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """``run``, recorded as a CUDA graph: it reads and writes the memory that it has now."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # compiled and warm before anything is recorded; to run twice changes nothing
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's thread may go on
-        found = run()
+def recorded(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+    """``run``, recorded as a CUDA graph: it reads and writes the memory that it has now.
+
+    Raises RuntimeError for what cannot be recorded, since it waits for the device, before anything is.
+    """
+    with torch.cuda.device(device):
+        side = _side(device)
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # compiled and warm before anything is recorded; to run twice changes nothing
+            run()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                run()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = run()
 
     def replay() -> Tensor:
         graph.replay()
@@ -232,11 +248,10 @@ def recorded(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return replay
 
 
-def _compiled(model: Any, slots: Slots) -> Tensor:
-    words = {"use_duck_shape": False}  # a number of rows that equals another size does so by chance
-    with shapes.patch(**words), torch._dynamo.config.patch(recompile_limit=PROGRAMS):  # type: ignore[attr-defined]
-        found: Tensor = _program()(model, slots)
-    return found
+@functools.cache
+def _side(device: torch.device) -> torch.cuda.Stream:
+    """One stream for all: a library keeps memory for each that it met."""
+    return torch.cuda.Stream(device)
 
 
 def _logits(model: Any, slots: Slots) -> Any:
@@ -246,11 +261,15 @@ def _logits(model: Any, slots: Slots) -> Any:
 
 @functools.cache
 def _program() -> Any:
+    allow(PROGRAMS)
     return torch.compile(_logits, dynamic=True)
 
 
-def can_slot(model: Any, kind: Kind) -> bool:
-    """Whether compiled steps over a static cache give the logits of plain forward passes, a slot that was another's included."""
+def cannot_slot(model: Any, kind: Kind) -> str | None:
+    """Why compiled steps over a static cache do not give the logits of plain forward passes; None: they do.
+
+    A slot that was another's, and slots that become wider and fewer, are tried too.
+    """
 
     def follow(pieces: Sequence[Piece], more: Sequence[int]) -> list[Tensor]:
         slots = Slots(3, 64, pieces[0].packed.pairs)
@@ -263,6 +282,8 @@ def can_slot(model: Any, kind: Kind) -> bool:
             slots.resized([0, 1], 96)
             slots.put({1: pieces[2]})
             step(model, slots, [0, more[0]], [lengths[0] + 1, lengths[2]])
-            return [*found, step(model, slots, [more[1]] * 2, [lengths[0] + 1, lengths[2] + 1]).clone()]
+            found.append(step(model, slots, [more[1]] * 2, [lengths[0] + 1, lengths[2] + 1]).clone())
+        slots.run = None
+        return found
 
-    return agrees(model, kind, follow)
+    return differs(model, kind, follow)

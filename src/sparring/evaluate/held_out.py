@@ -72,6 +72,7 @@ def evaluate(
     batch_size: int = 64,
     cache: CacheKind = "auto",
     tick: Callable[[int], None] = lambda rows: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> HeldOut:
     """Evaluate ``model`` on ``prompts``; ``tick`` is told of rows as they are done, three times the prompts in all."""
     model.eval()
@@ -84,6 +85,7 @@ def evaluate(
         batch_size=batch_size,
         cache=cache,
         tick=tick,
+        say=say,
     )
     sampling = Sampling(settings.temperature, settings.top_p, settings.top_k)
 

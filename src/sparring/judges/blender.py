@@ -161,7 +161,12 @@ def _rows(config: ModelConfig) -> int | None:
 def _file(config: ModelConfig, name: str) -> str | None:
     """One of its files, fetched where it lies on the hub; None where it has no such file."""
     try:
-        found: str | None = cached_file(config.model_name_or_path, name, revision=config.model_revision)
-    except OSError:
-        return None
+        found: str | None = cached_file(
+            config.model_name_or_path,
+            name,
+            revision=config.model_revision,
+            _raise_exceptions_for_missing_entries=False,
+        )
+    except OSError as problem:
+        raise ValueError(f"{config.model_name_or_path} cannot be reached for its {name}: {problem}") from problem
     return found

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from sparring.data.packing import ROOT, Packed, Segment
+from sparring.model.compiling import allow
 
 Kind = Literal["segments", "flex", "varlen", "dense"]
 NAME = "sparring_segments"
@@ -36,8 +37,9 @@ def kind_for(device: torch.device, attn_implementation: str) -> Kind:
 def attending(model: Any, kind: Kind) -> Iterator[None]:
     """Let ``model`` attend as ``kind`` says, for forward and backward passes over packed rows."""
     names = {"segments": NAME, "flex": "flex_attention"}
-    compiled = torch._dynamo.config.patch(recompile_limit=SHAPES) if kind == "flex" else contextlib.nullcontext()
-    with compiled, implementing(model, names[kind]) if kind in names else contextlib.nullcontext():
+    if kind == "flex":
+        allow(SHAPES)
+    with implementing(model, names[kind]) if kind in names else contextlib.nullcontext():
         yield
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import functools
-import inspect
 import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,7 +14,6 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from sparring.model.linear import product as linear
 
-FORMULA = "self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))"  # as transformers writes it
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": nn.functional.silu,
     "gelu": nn.functional.gelu,
@@ -28,13 +27,13 @@ def product(kind: str, gate: Tensor, up: Tensor) -> Tensor:
 
 
 def slopes(kind: str, slope: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """h once more, and the gradients of gate and up, given that of h."""
+    """act(gate), and the gradients of gate and up, given that of h."""
     acted, inner = ACTIVATIONS[kind](gate), slope * up
     if kind == "silu":
         d_gate = torch.ops.aten.silu_backward(inner, gate)
     else:
         d_gate = torch.ops.aten.gelu_backward(inner, gate, approximate="none" if kind == "gelu" else "tanh")
-    return acted * up, d_gate, slope * acted
+    return acted, d_gate, slope * acted
 
 
 class Way(NamedTuple):
@@ -80,9 +79,9 @@ class Down(torch.autograd.Function):
         gate, up, weight = ctx.saved_tensors
         slope = grads[0].flatten(0, -2)
         d_hidden = linear(slope, weight.t()).view_as(gate)
-        hidden, d_gate, d_up = ctx.way.slopes(ctx.kind, d_hidden, gate, up)
+        acted, d_gate, d_up = ctx.way.slopes(ctx.kind, d_hidden, gate, up)
         del d_hidden
-        d_weight = linear(slope.t(), hidden.flatten(0, -2).t()) if ctx.needs_input_grad[2] else None
+        d_weight = linear(slope.t(), (acted * up).flatten(0, -2).t()) if ctx.needs_input_grad[2] else None
         return d_gate, d_up, d_weight, slope.sum(0) if ctx.needs_input_grad[3] else None, None, None
 
 
@@ -92,31 +91,33 @@ def quicken(module: Any, way: Way = PLAIN) -> None:
         module.forward = types.MethodType(functools.partial(_forward, kind=kind, way=way), module)
 
 
+@torch.no_grad()
 def kind_of(module: Any) -> str | None:
-    """The activation of a gated MLP, known by its code and by what it gives; None for any other module."""
-    if not (_is_gated(type(module).forward) and isinstance(getattr(module, "act_fn", None), nn.Module)):
+    """The activation of a module that gives down(act(gate x) * up x) on numbers of our own; None for any other module."""
+    if not all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
         return None
-    with torch.no_grad(), unset_fake_temporarily(), torch.device("cpu"):
-        sample = torch.linspace(-6, 6, 25)
-        found = module.act_fn(sample)
-        return next((kind for kind, act in ACTIVATIONS.items() if torch.equal(act(sample), found)), None)
+    with unset_fake_temporarily(), torch.device("cpu"):
+        sample = torch.linspace(-6, 6, 25, dtype=torch.float64)
+        trial = copy.copy(module)  # of the same class, whatever its weights are made of
+        trial.__dict__ = {key: value for key, value in vars(module).items() if key != "forward"}
+        trial._modules = {k: v for k, v in module._modules.items() if k not in ("gate_proj", "up_proj", "down_proj")}
+        scales = {"gate_proj": 0.9, "up_proj": -1.7, "down_proj": 2.1}
+        trial.__dict__ |= {name: functools.partial(torch.mul, torch.tensor(by)) for name, by in scales.items()}
+        try:
+            found = type(module).forward(trial, sample)
+            return next(
+                (k for k in ACTIVATIONS if torch.equal(_forward(trial, sample, kind=k, way=PLAIN), found)), None
+            )
+        except (TypeError, AttributeError, RuntimeError, ValueError):
+            return None
 
 
 def _forward(mlp: Any, x: Tensor, *, kind: str, way: Way) -> Tensor:
     gate, up, down = mlp.gate_proj(x), mlp.up_proj(x), mlp.down_proj
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        found: Tensor = down(product(kind, gate, up))
+        found: Tensor = down(way.product(kind, gate, up))
     elif type(down) is nn.Linear:
         found = Down.apply(gate, up, down.weight, down.bias, kind, way)  # type: ignore[no-untyped-call]
     else:
         found = down(Product.apply(gate, up, kind, way))  # type: ignore[no-untyped-call]
     return found
-
-
-@functools.cache
-def _is_gated(forward: Callable[..., Any]) -> bool:
-    """Whether that method computes down(act(gate x) * up x), by its text."""
-    try:
-        return FORMULA in inspect.getsource(forward)
-    except (OSError, TypeError):
-        return False

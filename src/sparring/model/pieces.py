@@ -14,12 +14,10 @@ import torch
 from torch import Tensor
 
 from sparring.config import Config
-from sparring.model import gated
+from sparring.model import compiling, gated
 from sparring.model.parallel import World
 from sparring.model.start import computed_in
-from sparring.model.timing import fastest
 
-MEASURED = {"cuda"}  # elsewhere few runs make up for the compiling
 LEAST = 64  # tokens; with fewer, as in a step of generation, calling a compiled function costs more than it saves
 PROGRAMS = 64  # that a piece may be compiled to: with and without gradient, for precisions, widths, ranks
 TRIED = 4096  # tokens, as a micro-batch has
@@ -27,6 +25,7 @@ TRIED = 4096  # tokens, as a micro-batch has
 
 def compile_pieces(model: Any) -> None:
     """Let the pieces of ``model`` compute compiled; copies of it, and what is put around it, do so too."""
+    compiling.allow(PROGRAMS)
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = types.MethodType(_either(module.forward.__func__), module)
@@ -42,10 +41,9 @@ def _either(plain: Callable[..., Any]) -> Callable[..., Any]:
     program = torch.compile(plain, dynamic=True)
 
     def forward(module: Any, tensor: Tensor, *more: Tensor) -> Any:
-        if tensor.shape[:-1].numel() < LEAST or torch.compiler.is_compiling():
-            return plain(module, tensor, *more)
-        with torch._dynamo.config.patch(recompile_limit=PROGRAMS):
-            return program(module, tensor, *more)
+        # Asked in this order, a number of rows is nothing that a program around this one depends on.
+        few = torch.compiler.is_compiling() or tensor.shape[:-1].numel() < LEAST
+        return (plain if few else program)(module, tensor, *more)
 
     forward.compiled = True  # type: ignore[attr-defined]
     return forward
@@ -63,19 +61,22 @@ def settled(config: Config, start: Any, device: torch.device, world: World, say:
     be compiled here.
     """
     wanted = config.training.torch_compile
-    if wanted == "auto" and device.type not in MEASURED:
+    if wanted == "auto" and device.type not in compiling.MEASURED:
         wanted = False
     if wanted is not False and world.main:
         plain, quick = (partial(way, *_sample(start, device, computed_in(config))) for way in (_run, _run_compiled))
-        if wanted == "auto":
+        if wanted == "auto" and not quick.args[0]:
+            wanted = False
+        elif wanted == "auto":
             ways = {"plain": plain, "compiled": quick}
-            wanted = fastest("norms and gated activations", ways, device, say) == "compiled"
+            wanted = compiling.fastest("norms and gated activations", ways, device, say) == "compiled"
         else:
             try:
                 quick()
             except (RuntimeError, ImportError) as problem:
+                why = compiling.first_line(problem)
                 raise ValueError(
-                    f"torch_compile is true, and PyTorch cannot compile here ({problem}): it needs a C++ compiler, on CUDA Triton; "
+                    f"torch_compile is true, and PyTorch cannot compile here ({why}): it needs a C++ compiler, on CUDA Triton; "
                     "install them, or leave torch_compile at auto"
                 ) from problem
     wanted = world.told(str(wanted)) == "True"
@@ -87,7 +88,8 @@ def _sample(start: Any, device: torch.device, dtype: torch.dtype) -> tuple[list[
     size = start.config.get_text_config().hidden_size
     first: dict[type, Any] = {}
     for module in start.modules():
-        norm = type(module).__name__.endswith("RMSNorm") and module.weight.shape == (size,)
+        weight = getattr(module, "weight", None)
+        norm = type(module).__name__.endswith("RMSNorm") and weight is not None and weight.shape == (size,)
         if norm or gated.kind_of(module):
             first.setdefault(type(module), module)
     pieces = [copy.deepcopy(module).to(device, dtype) for module in first.values()]

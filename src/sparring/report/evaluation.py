@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
@@ -31,7 +32,8 @@ def evaluation_report(config: Config, *, quiet: bool = False) -> RenderableType:
         bars.say(f"{adapter.name} is an adapter: merged into its base {adapter.base.model_name_or_path}", "dim")
     with bars.stage("evaluate", 3 * len(loaded.prompts), unit="rows") as tick:
         keys = config.generation
-        options = {"batch_size": keys.generation_batch_size, "cache": keys.cache_implementation, "tick": tick}
+        options: dict[str, Any] = {"batch_size": keys.generation_batch_size, "cache": keys.cache_implementation}
+        options |= {"tick": tick, "say": lambda text: bars.say(text, "dim")}
         result = load_and_evaluate(config, loaded.prompts, chat, verify, **options)
     return evaluation_view(config.model.model_name_or_path, result, config.method.show)
 
