@@ -263,10 +263,11 @@ def test_the_command_reads_recipes_and_flags_and_says_whether_it_fits(
     assert made["fits"]
     assert made["needed"] == sum(p["size"] for p in made["parts"] if p["phase"] in ("always", made["peak"]))
     monkeypatch.setattr(plan, "available", lambda device: 10**6)
-    assert main(["plan", "sapo", "--config", str(recipe)]) == 1
-    out = capsys.readouterr().out
-    assert "does not fit: needs" in out
-    assert "try gradient_checkpointing" in out
+    for rows, first in ((64, "a smaller generation_batch_size"), (1, "gradient_checkpointing")):
+        assert main(["plan", "sapo", "--config", str(recipe), "--generation_batch_size", str(rows)]) == 1
+        out = capsys.readouterr().out
+        assert "does not fit: needs" in out
+        assert f"try {first}" in out
 
 
 def test_what_is_wrong_is_said_before_anything_is_loaded(inputs: dict[str, Any], tmp_path: Path, capsys: Any) -> None:
