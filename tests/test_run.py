@@ -268,3 +268,13 @@ def test_a_rollback_without_a_checkpoint_is_a_stop(model: Path, rows: Path, tmp_
     run = sparring.train(sparring.SFT, **keys, on_alarm="rollback", monitor_steps=1, max_kl=1e-12)
     assert run.state == "stopped"
     assert "from its start" in run.message
+
+
+def test_the_bar_of_a_run_counts_its_updates_and_not_what_is_written_within(
+    model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sparring.progress._Lines.EVERY", 0.0)
+    keys = SMALL | {"quiet": False, "max_steps": 3}
+    sparring.train(sparring.SAPO, model_name_or_path=model, dataset_name=rows, output_dir=tmp_path / "run", **keys)
+    shown = [line.split()[1] for line in capsys.readouterr().err.splitlines() if line.startswith("sapo ")]
+    assert list(dict.fromkeys(shown)) == ["1/3", "2/3", "3/3"]

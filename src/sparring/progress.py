@@ -41,10 +41,15 @@ class Bars:
             self.console.print(Text(text, style=style))
 
     @contextmanager
-    def stage(self, name: str, total: int | None, done: int = 0, unit: str = "it") -> Iterator[Tick]:
-        """A stage of ``total`` steps (None: nobody knows) of which ``done`` were made before; one may stand inside another."""
+    def stage(
+        self, name: str, total: int | None, done: int = 0, unit: str = "it", *, own: bool = False
+    ) -> Iterator[Tick]:
+        """A stage of ``total`` steps (None: nobody knows) of which ``done`` were made before; one may stand inside another.
+
+        ``own``: its own tick alone moves it, and what is :meth:`moved` within is something else.
+        """
         with self._shown(name, total, done, unit) as tick:
-            self._open.append(tick)
+            self._open.append((lambda count, note="": None) if own else tick)
             try:
                 yield tick
             finally:

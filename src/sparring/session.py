@@ -206,7 +206,7 @@ class Session:
         try:
             self.probe.prepare(self.prompts)
             self.chronicle.begin()
-            bar = self.bars.stage(self.method.name, self.total_steps, self.state.counters.step, "updates")
+            bar = self.bars.stage(self.method.name, self.total_steps, self.state.counters.step, "updates", own=True)
             with asked_to_stop() as self.asked, bar as self.tick:
                 while outcome is None:
                     outcome = self._play()
