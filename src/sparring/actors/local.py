@@ -50,15 +50,15 @@ class LocalWriter:
         """``playing`` gives the model; ``source`` its name at the time; ``tick`` is told of finished rows.
 
         ``cache``: one that grows with its rows (dynamic), or of fixed slots, with the step compiled (static); auto is what
-        :meth:`settle` finds with the first requests, which ``say`` is told. A model that cannot be packed has transformers' own.
+        :meth:`settle` finds with the first requests, which ``say`` is told. A model that cannot be packed has transformers' own,
+        whichever was asked for.
         """
         self._playing, self._source, self._decode = playing, source, decode
         self.end_ids, self.pad_id, self.batch_size, self._tick = end_ids, pad_id, batch_size, tick
         self.cache, self._say = cache, say
         self.layouts: dict[tuple[type, torch.dtype], Kind] = {}  # that models turned out to be right in
-        self.slotted: dict[
-            tuple[type, torch.dtype], str | None
-        ] = {}  # why they cannot have a static cache; None: they can
+        # Why models cannot have a static cache; None: they can.
+        self.slotted: dict[tuple[type, torch.dtype], str | None] = {}
 
     @property
     def source(self) -> str:

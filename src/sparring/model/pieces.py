@@ -20,7 +20,7 @@ from sparring.model.start import computed_in
 
 LEAST = 64  # tokens; with fewer, as in a step of generation, calling a compiled function costs more than it saves
 PROGRAMS = 64  # that a piece may be compiled to: with and without gradient, for precisions, widths, ranks
-TRIED = 4096  # tokens, as a micro-batch has
+TRIED = 4096  # tokens that the pieces are timed on
 
 
 def compile_pieces(model: Any) -> None:
@@ -64,7 +64,9 @@ def settled(config: Config, start: Any, device: torch.device, world: World, say:
     if wanted == "auto" and device.type not in compiling.MEASURED:
         wanted = False
     if wanted is not False and world.main:
-        plain, quick = (partial(way, *_sample(start, device, computed_in(config))) for way in (_run, _run_compiled))
+        plain, quick = (partial(_run, *_sample(start, device, computed_in(config))) for _ in range(2))
+        for piece in quick.args[0]:
+            compile_pieces(piece)
         if wanted == "auto" and not quick.args[0]:
             wanted = False
         elif wanted == "auto":
@@ -101,9 +103,3 @@ def _run(pieces: list[Any], hidden: Tensor) -> None:
     with torch.enable_grad():
         for piece in pieces:
             piece(hidden).sum().backward()
-
-
-def _run_compiled(pieces: list[Any], hidden: Tensor) -> None:
-    for piece in pieces:
-        compile_pieces(piece)
-    _run(pieces, hidden)
