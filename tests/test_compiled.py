@@ -26,11 +26,10 @@ from sparring.methods.sapo import SAPO
 from sparring.model import compiling, pieces
 from sparring.model.adapters import AdapterRoles, with_adapter
 from sparring.model.compiling import fastest
-from sparring.model.parallel import ALONE, World
+from sparring.model.parallel import ALONE
 from sparring.model.policy import prepared
 from sparring.model.roles import Roles
 from sparring.records import tokens
-from sparring.writers import check_generation
 
 CPU = torch.device("cpu")
 
@@ -354,13 +353,6 @@ def test_where_policy_and_reference_are_the_same_weights_their_log_probs_are_too
     metrics = Learner(roles, DPO(), keys, pad_id=0, total_steps=10).update(PAIRS, 0)
     assert metrics["rewards/margins"] == 0
     assert metrics["loss"] == pytest.approx(math.log(2), abs=1e-7)
-
-
-def test_a_static_cache_in_several_processes_is_an_error_before_anything_is_loaded() -> None:
-    config = resolve(SAPO, {}, {"output_dir": "runs/one", "cache_implementation": "static"})
-    check_generation(config, config.method, ALONE)
-    with pytest.raises(ValueError, match=r"cache_implementation is static, and 2 processes .*: use auto or dynamic"):
-        check_generation(config, config.method, World(rank=0, size=2, local_rank=0))
 
 
 def test_pieces_that_have_nothing_to_compile_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

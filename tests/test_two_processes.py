@@ -48,13 +48,17 @@ def by_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", METHODS)
-def test_two_processes_make_the_updates_of_one_with_ema_and_moving_reference(
+def test_two_processes_make_the_updates_of_one_with_ema_and_moving_reference_and_write_as_one(
     name: str, case: str, by_two: Path
 ) -> None:
-    mine, theirs = play(name, ALONE, **CASES[case]), load_file(by_two / f"{name}-{case}.safetensors")
+    mine = play(name, ALONE, **CASES[case] | {"cache": "dynamic"})
+    theirs = load_file(by_two / f"{name}-{case}.safetensors")
     assert mine.keys() == theirs.keys()
     assert mine["figures"][0, 0] != mine["figures"][3, 0]  # it learns something
-    half = case == "bf16"  # sums in bfloat16 depend on who adds up which
+    assert len(mine["written"].unique(dim=0)) > len(mine["written"]) / 3
+    half = case == "bf16"  # sums in bfloat16 depend on who adds up which, and so may what is written
+    both = theirs.pop("written"), mine.pop("written")
+    assert half or torch.equal(*both)
     for key in mine:
         torch.testing.assert_close(
             theirs[key].float(), mine[key].float(), rtol=2e-2 if half else 1e-5, atol=5e-3 if half else 1e-5
@@ -102,6 +106,33 @@ def test_a_run_of_two_processes_is_a_run(whole_run: Path, inputs: tuple[Path, Pa
     assert {k: (v.shape, v.dtype) for k, v in a.items()} == {k: (v.shape, v.dtype) for k, v in b.items()}
     last = found(whole_run / "checkpoints")[-1]
     assert len(list(last.glob("policy.*-of-2.safetensors"))) == 2
+
+
+# Two processes whose clocks disagree: the main one finds the static cache to be faster, the other one the dynamic.
+DISAGREE = """
+import os
+from sparring.cli import command
+from sparring.model import compiling
+
+def fastest(what, ways, device, say):
+    for way in ways.values():
+        way()
+    return list(ways)[os.environ["RANK"] == "0"]
+
+compiling.MEASURED, compiling.fastest = {"cpu"}, fastest
+command()
+"""
+
+
+def test_processes_measure_the_cache_and_the_main_ones_finding_is_everybodys(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "disagree.py").write_text(DISAGREE)
+    given = words(*inputs, tmp_path / "run", [])[2:]  # without -m sparring
+    done = run([*TORCHRUN, str(tmp_path / "disagree.py"), *given, "--torch_compile", "false"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "cache_implementation: static" in (tmp_path / "run" / "config.yaml").read_text()
+    assert [line["step"] for line in figures(tmp_path / "run") if "loss" in line][-1] == KEYS["max_steps"]
 
 
 def test_a_killed_process_ends_the_job_with_a_clear_error_and_the_run_resumes_to_the_bit(

@@ -2,21 +2,26 @@
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from small import PAD, pair, tiny_llama
+from small import END, PAD, pair, tiny_llama
 
+from sparring.actors.local import CacheKind, LocalWriter
+from sparring.actors.shared import SharedWriter
 from sparring.config import AdapterConfig, ModelConfig, TrainingConfig
 from sparring.learner import Learner
+from sparring.methods.base import Request, Sampling
 from sparring.methods.offline import DPO
 from sparring.methods.sapo import SAPO
 from sparring.model import pieces
 from sparring.model.adapters import AdapterRoles, with_adapter
 from sparring.model.parallel import World, joined, whole
-from sparring.model.roles import Roles
+from sparring.model.roles import Role, Roles
+from sparring.records import tokens
 
 PAIRS = [
     pair([5, 6, 7], [10, 11, 12, 2], [10, 11, 40, 41, 2]),
@@ -32,13 +37,39 @@ CASES: dict[str, dict[str, Any]] = {
     "lora": {"lora": True},
     "one pair": {"pairs": PAIRS[:1]},
     "compiled": {"torch_compile": True},
+    "static": {"cache": "static"},
 }
 METHODS = {"dpo": DPO(), "sapo": SAPO(loss_type="orpo")}
 
 
+PROMPTS = [[5, 6, 7], [8, 9], [4], [20, 21, 22, 23, 24]]
+WAYS = {"greedy": Sampling(temperature=0.0), "sampled": Sampling(temperature=0.9)}
+WRITING: tuple[Role, ...] = ("policy", "ema", "policy")  # weights are let go between them, and gathered anew
+
+
+def written(roles: Roles, world: World, cache: CacheKind) -> torch.Tensor:
+    """What policy and EMA write, each process its share; -1 after the end."""
+    rows = []
+    for role in WRITING:
+        alone = LocalWriter(
+            partial(roles.playing, role, alone=True),
+            source=lambda role=role: role,
+            decode=str,
+            end_ids=frozenset({END}),
+            pad_id=PAD,
+            batch_size=2,
+            cache=cache,
+        )
+        writer = SharedWriter(alone, world, torch.device("cpu"))
+        for sampling in WAYS.values():
+            asked = [Request(tokens(ids), 12, seed) for seed, ids in enumerate(PROMPTS)]
+            rows += [[*w.token_ids, *[-1] * (12 - len(w.token_ids))] for w in writer.write(asked, sampling)]
+    return torch.tensor(rows)
+
+
 def play(name: str, world: World, dtype: torch.dtype = torch.float32, **keys: Any) -> dict[str, torch.Tensor]:
-    """Four updates with an EMA and a reference that moves; every role's weights, and the figures of the updates."""
-    pairs = keys.pop("pairs", PAIRS)
+    """Four updates with an EMA and a reference that moves; every role's weights, the updates' figures, what is written."""
+    pairs, cache = keys.pop("pairs", PAIRS), keys.pop("cache", "dynamic")
     shape = {"num_key_value_heads": 1, "tie_word_embeddings": keys.pop("tied", True)}
     parts: dict[str, Any] = {"ema_decay": 0.5, "reference": True, "dtype": dtype, "world": world}
     if keys.pop("lora", False):
@@ -60,7 +91,7 @@ def play(name: str, world: World, dtype: torch.dtype = torch.float32, **keys: An
         roles.step_ema()
         if step == 1:
             roles.refresh_reference("ema")
-    tensors = {"figures": torch.tensor(figures)}
+    tensors = {"figures": torch.tensor(figures), "written": written(roles, world, cache)}
     for role, model in roles.kept().items():
         tensors |= {f"{role}/{key}": value.clone() for key, value in whole(model, world).items()}
     return tensors

@@ -74,7 +74,7 @@ class GenerationConfig:
     generation_batch_size: int = key(64, "Rows that are generated together", unit="rows", least=1)
     cache_implementation: Literal["auto", "dynamic", "static"] = key(
         "auto",
-        "local: a cache that grows, or slots with a compiled step; auto: what is measured to be faster on one CUDA device",
+        "local: a cache that grows, or slots with a compiled step; auto: what is measured to be faster on CUDA, else dynamic",
     )
     generation_backend: Literal["local", "server"] = key(
         "local", "Who writes the policy's responses: this process, or a server that speaks OpenAI's protocol"

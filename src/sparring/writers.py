@@ -69,7 +69,7 @@ class Writers(Mapping[str, Writer]):
         self._step, self._previous, self._tick, self._say = step, previous, tick, say
         self._world, self._device, self._prompts, self._folder = world, device, prompts, folder
         if config.generation.cache_implementation == "auto":
-            local = config.generation.generation_backend == "local" and world.size == 1
+            local = config.generation.generation_backend == "local"
             found: CacheKind = self._faster_cache(room) if room and local else "dynamic"
             self.config = replace(config, generation=replace(config.generation, cache_implementation=found))
         self._known: dict[str, Writer] = {role: self._role(role) for role in ROLES}
@@ -146,7 +146,7 @@ class Writers(Mapping[str, Writer]):
         found = self._alone(lambda: self._roles.playing("policy", alone=True), lambda: "policy").settle(
             asked, Sampling()
         )
-        return "static" if found == "static" else "dynamic"
+        return "static" if self._world.told(found) == "static" else "dynamic"
 
     def _role(self, role: Role, *, alone: bool = False) -> Writer:
         name = role if role in self._roles.kept() else "policy"
@@ -226,11 +226,6 @@ def _messages(prompt: Prompt) -> Sequence[Message]:
 def check_generation(config: Config, method: Method, world: World) -> None:
     """Raise ValueError where what ``method`` wants cannot be written as ``config`` has it, before time is spent."""
     keys = config.generation
-    if keys.cache_implementation == "static" and world.size > 1:
-        raise ValueError(
-            f"cache_implementation is static, and {world.size} processes gather their weights to write, which cannot be recorded: "
-            "use auto or dynamic"
-        )
     if keys.generation_backend != "server":
         return
     check_servers(keys)

@@ -128,11 +128,7 @@ def shard(
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-    with torch.device("meta"):
-        made = type(start)(start.config)
-    made.tie_weights()
-    made.generation_config = start.generation_config
-    made.train(start.training)
+    made, alone = _empty(start), _empty(start)
     source = {**dict(start.named_parameters(remove_duplicate=False)), **dict(start.named_buffers())}
     known: dict[int, nn.Parameter] = {}
 
@@ -168,7 +164,22 @@ def shard(
     fully_shard(made, reshard_after_forward=False, **words)  # the head is used after the forward pass
     made.sparring_backbone = made.base_model.forward  # what the hooks of the whole stand around
     register_fsdp_forward_method(made, "sparring_backbone")
-    return prepared(made)
+    object.__setattr__(made, "sparring_plain", alone.eval())  # no part of it; it has weights while they are gathered
+    return made
+
+
+def _empty(like: Any) -> Any:
+    """A model of the same kind and settings, without storage."""
+    with torch.device("meta"):
+        made = type(like)(like.config)
+    made.tie_weights()
+    made.generation_config = like.generation_config
+    return prepared(made.train(like.training))
+
+
+def unhooked(model: Any) -> Any:
+    """What computes with gathered weights: of a sharded model one without FSDP's hooks, else the model itself."""
+    return getattr(model, "sparring_plain", model)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -177,27 +188,33 @@ def local(tensor: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def together(model: Any) -> Iterator[None]:
-    """Forward passes that all processes make side by side; weights that they gathered are let go at the end."""
+def together(model: Any) -> Iterator[Any]:
+    """The model for passes that all processes make side by side; weights that they gathered are let go at the end."""
     try:
-        yield
+        yield model
     finally:
         for module in _sharded(model):
             module.reshard()
 
 
 @contextlib.contextmanager
-def gathered(model: Any) -> Iterator[None]:
-    """Forward passes that every process makes by itself, for which all weights are gathered, in the precision that computes."""
+def gathered(model: Any) -> Iterator[Any]:
+    """The model with all its weights, in the precision that computes, for passes that every process makes by itself.
+
+    Its layers are called without FSDP2's hooks, which would cost Python's time for every token, and cannot be compiled or recorded.
+    """
+    alone = unhooked(model)
     for module in _sharded(model):
         module.unshard()
-        module.set_reshard_after_forward(False, recurse=False)
     try:
-        yield
+        if alone is not model:
+            for mine, full in zip(alone.modules(), model.modules(), strict=True):
+                mine._parameters.update(full._parameters)
+                mine._buffers.update(full._buffers)
+        yield alone
     finally:
         for module in _sharded(model):
             module.reshard()
-            module.set_reshard_after_forward(module is not model, recurse=False)
 
 
 def whole(model: Any, world: World) -> dict[str, Tensor]:

@@ -65,11 +65,11 @@ class Roles:
             model, lent = self.ema, False
         was_training = model.training
         model.eval()
-        with torch.no_grad(), gathered(model) if alone else together(model):
+        with torch.no_grad(), gathered(model) if alone else together(model) as playing:
             if lent:
                 ema.step(self.worker, self.ema, 0.0)
             try:
-                yield model
+                yield playing
             finally:
                 if lent:
                     self.sync()
