@@ -11,10 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
+from small import tiny_llama
 from toyrun import toy_folder, write_pairs, write_rows
 
 from sparring import checkpoint
+from sparring.buffer import Buffer
+from sparring.checkpoint import TrainState
 from sparring.methods.sapo import SAPO
+from sparring.model.roles import Roles
 from sparring.run import resume, train
 
 COMMON = {
@@ -217,6 +221,23 @@ def test_a_full_disk_while_a_checkpoint_is_written_is_said_and_earlier_ones_stay
     assert resume(tmp_path / "run", quiet=True).state == "finished"
     expected = unbroken("dpo", inputs["dpo"], tmp_path / "whole")
     assert_same(state(tmp_path / "run"), expected)
+
+
+def test_what_another_process_is_still_writing_does_not_end_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    roles = Roles(tiny_llama(), ema_decay=0.0, reference=False)
+    state = TrainState(roles, [], Buffer(None, "epochs"))
+    rest = checkpoint._write_rest
+
+    def among_others(part: Path, state: TrainState) -> None:
+        (part / ".tmpYaP1pQ").symlink_to("gone")  # listed, and no longer there when it is opened
+        rest(part, state)
+        (part / ".tmpYaP1pQ").unlink()
+
+    monkeypatch.setattr(checkpoint, "_write_rest", among_others)
+    saved = checkpoint.save(tmp_path, state, keep=1, frozen_reference=True)
+    assert checkpoint.found(tmp_path) == [saved]
 
 
 def test_only_the_last_checkpoints_are_kept_and_no_pickle_is_among_them(

@@ -126,14 +126,18 @@ def step_of(path: Path) -> int:
 
 def _write_rest(part: Path, state: TrainState) -> None:
     """What is the same in all processes."""
+    written = [part / name for name in ("buffer.parquet", "ahead.parquet", "state.json")]
+    state.buffer.save(written[0])
+    parquet.write(written[1], Pair, state.ahead)
+    written[2].write_text(json.dumps(dataclasses.asdict(state.counters)))
     known = state.roles.known
     if serials := [pair.serial for pair in state.buffer.pairs if pair.serial in known]:
         tensors = {"serials": torch.tensor(serials), "logps": torch.stack([known[serial] for serial in serials])}
-        save_file(tensors, part / "reference_logps.safetensors")
-    state.buffer.save(part / "buffer.parquet")
-    parquet.write(part / "ahead.parquet", Pair, state.ahead)
-    (part / "state.json").write_text(json.dumps(dataclasses.asdict(state.counters)))
-    for file in part.glob("*.*"):
+        written.append(part / "reference_logps.safetensors")
+        save_file(tensors, written[-1])
+    for (
+        file
+    ) in written:  # and no other: the other processes' are not all there yet, and under names that they give up again
         _sync(file)
 
 
