@@ -1,6 +1,7 @@
 """A whole run from Python: what it writes, and what it refuses before any time is spent."""
 
 import json
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 

@@ -18,6 +18,8 @@ from two import CASES, METHODS, play
 from sparring.checkpoint import found
 from sparring.model.parallel import ALONE, World, _launched, joined
 
+pytestmark = pytest.mark.xdist_group("two processes")  # what two processes make for many tests is made once
+
 TESTS = Path(__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 QUIET = {**os.environ, "OMP_NUM_THREADS": "1"}

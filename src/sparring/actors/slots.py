@@ -238,7 +238,7 @@ def recorded(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Te
                 torch.cuda.set_sync_debug_mode("default")
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the device meanwhile
             found = run()
 
     def replay() -> Tensor:

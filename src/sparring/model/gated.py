@@ -88,7 +88,7 @@ class Down(torch.autograd.Function):
 def quicken(module: Any, way: Way = PLAIN) -> None:
     """Let a gated MLP keep less for its backward pass, and compute in ``way``."""
     if (kind := kind_of(module)) is not None:
-        module.forward = types.MethodType(functools.partial(_forward, kind=kind, way=way), module)
+        module.forward = types.MethodType(_forward_of(kind, way), module)
 
 
 @torch.no_grad()
@@ -110,6 +110,14 @@ def kind_of(module: Any) -> str | None:
             )
         except (TypeError, AttributeError, RuntimeError, ValueError):
             return None
+
+
+@functools.cache
+def _forward_of(kind: str, way: Way) -> Callable[[Any, Tensor], Tensor]:
+    def forward(mlp: Any, x: Tensor) -> Tensor:  # not a partial, whose missing name PyTorch's compiler asks for
+        return _forward(mlp, x, kind=kind, way=way)
+
+    return forward
 
 
 def _forward(mlp: Any, x: Tensor, *, kind: str, way: Way) -> Tensor:
