@@ -72,7 +72,7 @@ def test_sapo_leaves_an_ordinary_folder_that_says_where_it_comes_from(model: Pat
         0.2,
         "sapo",
         "rmsprop",
-        torch.__version__,
+        metadata.version("torch"),
     )
     steps = [line["step"] for line in run.metrics]
     assert steps == [1, 2, 3, 4]
