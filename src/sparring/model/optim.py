@@ -41,10 +41,6 @@ def make_optimizers(model: Any, config: TrainingConfig) -> list[torch.optim.Opti
     fused = config.optim != "adamw_torch"
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=rate, betas=betas, eps=eps, fused=fused)]
     if hidden:
-        if not hasattr(torch.optim, "Muon"):
-            raise ValueError(
-                f"optim is muon, which PyTorch {torch.__version__} lacks: use 2.9 or later, or adamw_torch_fused"
-            )
         muon = torch.optim.Muon(hidden, lr=rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
         optimizers.append(muon)
     return optimizers
