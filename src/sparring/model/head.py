@@ -67,7 +67,7 @@ class Head:
                     d_hidden[rows] = self._spend(hidden[rows], targets[rows], mine, probs, bent)
             first = last
         for weight, total in self._sums.values():
-            # From PyTorch 2.15 on FSDP2 takes gradients in the precision that it adds them up in, and no other.
+            # FSDP2 of PyTorch 2.15 takes gradients in the precision that it adds them up in, and no other.
             dtype = getattr(weight, "grad_dtype", None) or weight.dtype
             weight.grad = total.to(dtype) if weight.grad is None else weight.grad.add_(total)
         return d_hidden
