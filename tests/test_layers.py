@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LAYERS = """
-    records seeds folders
+    records seeds folders transfer
     keys
     losses ranking pairing config data.chat
     bounds

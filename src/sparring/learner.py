@@ -17,7 +17,7 @@ from torch import Tensor
 from sparring.config import TrainingConfig
 from sparring.data.packing import Group
 from sparring.methods.base import LogProbs, Method
-from sparring.metrics import Tally, describe
+from sparring.metrics import Tally, describe, log_probs
 from sparring.model.attention import Kind, kind_for
 from sparring.model.logps import Scorer, checked
 from sparring.model.optim import learning_rate, make_optimizers
@@ -25,6 +25,7 @@ from sparring.model.parallel import local, together
 from sparring.model.pieces import compile_pieces
 from sparring.model.roles import Roles, checkpointing
 from sparring.records import Pair
+from sparring.transfer import sent
 
 BUDGET = 2048  # tokens of a micro-batch that nobody has chosen
 Terms = Callable[[LogProbs], dict[str, Tensor]]
@@ -101,7 +102,7 @@ class Learner:
         """Log-probs of ``pairs`` under the policy and under the reference, where there is one, without gradient."""
         with self.roles.playing("policy") as policy:
             sums = self._scored(policy, pairs)
-        return self._log_probs(pairs, sums, self.reference_sums(pairs), 1.0, sums.new_zeros(()))
+        return log_probs(pairs, sums, self.reference_sums(pairs), 1.0, sums.new_zeros(()))
 
     def reference_sums(self, pairs: Sequence[Pair]) -> Tensor:
         """The reference's log-probs of the scored spans, [P, sides], chosen first; once for each pair that has a serial."""
@@ -183,7 +184,8 @@ class Learner:
         def loss_of(places: list[int], first: int, last: int, sums: Tensor) -> Tensor:
             part = places[first:last] or [idle]
             table = sums.view(len(part), -1, 2)
-            logps = self._log_probs([pairs[i] for i in part], table, reference[part], mean_tokens, kl)
+            known = reference[sent(self.device, part)]
+            logps = log_probs([pairs[i] for i in part], table, known, mean_tokens, kl)
             values = terms(logps)
             tally.add(places[first:last], logps, values)
             return share * sum(values.values(), torch.zeros_like(logps.chosen)).sum() if places else 0.0 * sums.sum()
@@ -217,30 +219,6 @@ class Learner:
             p.grad = gradient
         return norms | {f"grad_norm/{names[-1]}": self._norm(rest)}
 
-    def _log_probs(
-        self, pairs: Sequence[Pair], sums: Tensor, reference: Tensor, mean_tokens: float, kl: Tensor
-    ) -> LogProbs:
-        """What a loss is a function of; ``sums`` [P, sides, 2] and ``reference`` [P, sides] have chosen before rejected."""
-        none = sums.new_zeros(len(pairs))
-
-        def numbers(values: list[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float32, device=self.device)
-
-        return LogProbs(
-            chosen=sums[:, 0, 0],
-            rejected=sums[:, 1, 0] if sums.shape[1] > 1 else none,
-            ref_chosen=reference[:, 0],
-            ref_rejected=reference[:, 1] if sums.shape[1] > 1 else none,
-            chosen_tokens=numbers([stop - start for start, stop in (p.chosen_scored for p in pairs)]),
-            rejected_tokens=numbers([stop - start for start, stop in (p.rejected_scored for p in pairs)]),
-            chosen_win_rate=numbers([p.chosen_win_rate for p in pairs]),
-            rejected_win_rate=numbers([p.rejected_win_rate for p in pairs]),
-            chosen_whole=sums[:, 0, 1],
-            chosen_whole_tokens=numbers([len(p.chosen.token_ids) for p in pairs]),
-            mean_tokens=mean_tokens,
-            kl=kl,
-        )
-
     def _mismatched_kl(self, pairs: Sequence[Pair]) -> Tensor:
         """KTO's z0 before its clamp: mean log-ratio of each prompt with the next pair's chosen response (2402.01306, sec. 4.1).
 
@@ -259,7 +237,7 @@ class Learner:
     def _spans(self, pairs: Sequence[Pair]) -> Tensor:
         """The scored span of each response, [R, 2], chosen before rejected."""
         spans = [(pair.chosen_scored, pair.rejected_scored)[: _sides([pair])] for pair in pairs]
-        return torch.tensor([span for both in spans for span in both], device=self.device)
+        return sent(self.device, [span for both in spans for span in both])
 
     def _norm(self, gradients: Sequence[Tensor | None]) -> float:
         """The norm of all gradients together, in all processes."""

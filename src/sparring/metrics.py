@@ -1,4 +1,4 @@
-"""An update's metrics, made of the log-probs that its loss had."""
+"""The log-probs that an update's loss is a function of, and the metrics that are made of them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,37 @@ from sparring import losses
 from sparring.methods.base import LogProbs, Method
 from sparring.methods.preference import Preference
 from sparring.model.parallel import World
+from sparring.records import Pair
+from sparring.transfer import sent
 
 COLUMNS = [field.name for field in fields(LogProbs) if field.name not in ("mean_tokens", "kl")]
+
+
+def log_probs(pairs: Sequence[Pair], sums: Tensor, reference: Tensor, mean_tokens: float, kl: Tensor) -> LogProbs:
+    """What a loss is a function of; ``sums`` [P, sides, 2] and ``reference`` [P, sides] have chosen before rejected."""
+    none = sums.new_zeros(len(pairs))
+    numbers = [
+        [p.chosen_scored[1] - p.chosen_scored[0] for p in pairs],
+        [p.rejected_scored[1] - p.rejected_scored[0] for p in pairs],
+        [p.chosen_win_rate for p in pairs],
+        [p.rejected_win_rate for p in pairs],
+        [len(p.chosen.token_ids) for p in pairs],
+    ]
+    chosen, rejected, chosen_rate, rejected_rate, whole = sent(sums.device, numbers, torch.float32)
+    return LogProbs(
+        chosen=sums[:, 0, 0],
+        rejected=sums[:, 1, 0] if sums.shape[1] > 1 else none,
+        ref_chosen=reference[:, 0],
+        ref_rejected=reference[:, 1] if sums.shape[1] > 1 else none,
+        chosen_tokens=chosen,
+        rejected_tokens=rejected,
+        chosen_win_rate=chosen_rate,
+        rejected_win_rate=rejected_rate,
+        chosen_whole=sums[:, 0, 1],
+        chosen_whole_tokens=whole,
+        mean_tokens=mean_tokens,
+        kl=kl,
+    )
 
 
 def describe(logps: LogProbs, method: Method) -> dict[str, float]:
@@ -46,24 +75,29 @@ class Tally:
     def __init__(self, count: int, device: torch.device) -> None:
         """Of ``count`` pairs."""
         self._count, self._device = count, device
-        self._columns: dict[str, Tensor] = {}
+        self._names: list[str] = []
+        self._places: list[int] = []
+        self._parts: list[Tensor] = []
 
     def add(self, places: Sequence[int], logps: LogProbs, terms: dict[str, Tensor]) -> None:
         """Those of the pairs at ``places``; without places, only what there is to know of each pair."""
         values = {f"logps {name}": getattr(logps, name) for name in COLUMNS} | {
             f"term {n}": t for n, t in terms.items()
         }
-        for name, value in values.items():
-            if name not in self._columns:
-                self._columns[name] = torch.zeros(self._count, dtype=torch.float32, device=self._device)
-            if places:
-                self._columns[name][list(places)] = value.detach().float()
+        self._names = list(values)
+        if places:
+            self._places += places
+            self._parts.append(torch.stack([value.detach().float() for value in values.values()]))
 
     def close(self, world: World, mean_tokens: float, kl: Tensor) -> tuple[LogProbs, dict[str, float]]:
         """The whole update's log-probs, in the order of its pairs, and each term's mean over them; the same in all processes."""
-        table = world.sum(torch.stack([self._columns[name] for name in sorted(self._columns)]))
-        found = dict(zip(sorted(self._columns), table, strict=True))
+        table = torch.zeros(len(self._names), self._count, dtype=torch.float32, device=self._device)
+        if self._parts:
+            table[:, sent(self._device, self._places)] = torch.cat(self._parts, 1)
+        table = world.sum(table).cpu()  # once: what is made of it then waits for no device
+        found = dict(zip(self._names, table, strict=True))
         terms = {
-            name.removeprefix("term "): float(found[name].mean()) for name in self._columns if name.startswith("term ")
+            name.removeprefix("term "): float(found[name].mean()) for name in self._names if name.startswith("term ")
         }
-        return LogProbs(**{name: found[f"logps {name}"] for name in COLUMNS}, mean_tokens=mean_tokens, kl=kl), terms
+        columns = {name: found[f"logps {name}"] for name in COLUMNS}
+        return LogProbs(**columns, mean_tokens=mean_tokens, kl=kl.cpu()), terms

@@ -17,6 +17,7 @@ from sparring.methods.base import Request, Sampling
 from sparring.model.attention import Kind, attending, implementing, inputs
 from sparring.model.compiling import first_line
 from sparring.records import Tokens, tokens
+from sparring.transfer import sent
 
 READ = 8192  # tokens of prompts in one forward pass, unless one prompt has more
 GONE = 8  # a batch is put together anew when one row in so many has ended
@@ -85,10 +86,12 @@ class Batch:
             by_prompt.setdefault(row.prompt.tobytes(), []).append(row)
         pieces: dict[Row, Piece] = {}
         for part in _parts(list(by_prompt.values())):
+            every = [row for same in part for row in same]
+            places = sent(self.device, [place for place, same in enumerate(part) for _ in same])
+            draws = self.draws(every)
             logits, found = read(self.model, self.kind, [same[0].prompt for same in part], self.device)
             pieces |= {row: piece for same, piece in zip(part, found, strict=True) for row in same}
-            places = torch.tensor([place for place, same in enumerate(part) for _ in same], device=self.device)
-            self.choose([row for same in part for row in same], logits[places])
+            self.choose(every, logits[places], draws)
         return pieces
 
     def _go_on(self, batch: Sequence[Row], columns: Columns) -> None:
@@ -96,13 +99,17 @@ class Batch:
         with implementing(self.model, NAME):
             going = len(batch)
             while going and not columns.full and (len(batch) - going) * GONE < len(batch):
+                draws = self.draws(batch)
                 logits = step(self.model, columns, [row.ids[-1] for row in batch], [row.going for row in batch])
-                self.choose(batch, logits)
+                self.choose(batch, logits, draws)
                 going = sum(row.going for row in batch)
 
-    def choose(self, rows: Sequence[Row], logits: Tensor) -> None:
+    def draws(self, rows: Sequence[Row]) -> Tensor:
+        """What decides the next tokens, on the device; asked for before a step, behind which it would wait."""
+        return sent(self.device, [row.draw() for row in rows], torch.float64)
+
+    def choose(self, rows: Sequence[Row], logits: Tensor, draws: Tensor) -> None:
         """Add to each of ``rows`` the token that its draw takes of ``logits`` [R, V]."""
-        draws = torch.tensor([row.draw() for row in rows], dtype=torch.float64, device=self.device)
         before = sum(row.going for row in rows)
         for row, token in zip(rows, choose(logits, draws, self.sampling).tolist(), strict=True):
             row.add(token, self.ends)

@@ -53,10 +53,12 @@ def _from_nucleus(probs: Tensor, draws: Tensor, top_p: float) -> Tensor:
         values, ids = probs[rows].topk(count) if len(rows) < len(probs) else probs.topk(count)
         values = values.double()
         found = values.sum(1) >= top_p if count < probs.shape[1] else torch.ones_like(rows, dtype=torch.bool)
-        tokens[rows[found]] = _pick(values[found], ids[found], draws[rows[found]], top_p)
-        rows = rows[~found]
-        if not len(rows):
+        if count == probs.shape[1] or bool(found.all()):  # as mostly; each mask would wait for the device again
+            tokens[rows] = _pick(values, ids, draws[rows], top_p)
             return tokens
+        done, rest = found.nonzero().squeeze(1), (~found).nonzero().squeeze(1)
+        tokens[rows[done]] = _pick(values[done], ids[done], draws[rows[done]], top_p)
+        rows = rows[rest]
         count *= 16
 
 

@@ -22,6 +22,7 @@ from sparring.actors.cache import Piece, Recorder
 from sparring.actors.packed import GONE, Batch, Row, differs
 from sparring.model.attention import Kind, implementing
 from sparring.model.compiling import allow
+from sparring.transfer import moved
 
 NAME = "sparring_slots"
 ROOM = 128  # columns that are there before they are needed
@@ -56,12 +57,12 @@ class Slots(Cache):
             by_packed.setdefault(id(piece.packed), (piece.packed, {}))[1][slot] = piece
         device = self.at.device
         for recorder, entering in by_packed.values():
-            lengths = torch.tensor([piece.stop - piece.start for piece in entering.values()], device=device)
-            into = torch.tensor(list(entering), device=device)
+            lengths = torch.tensor([piece.stop - piece.start for piece in entering.values()])
+            into = torch.tensor(list(entering))
             rows = into.repeat_interleave(lengths)
-            columns = torch.cat([torch.arange(piece.stop - piece.start, device=device) for piece in entering.values()])
-            starts = torch.tensor([piece.start for piece in entering.values()], device=device)
-            positions = columns + starts.repeat_interleave(lengths)
+            columns = torch.cat([torch.arange(piece.stop - piece.start) for piece in entering.values()])
+            positions = torch.cat([torch.arange(piece.start, piece.stop) for piece in entering.values()])
+            into, rows, columns, positions = moved(device, into, rows, columns, positions)
             for mine, read in zip(self.kept, recorder.pairs, strict=True):
                 for slots, source in zip(mine, read, strict=True):
                     slots[into] = 0  # what was not finite there would be so with a weight of 0 too
@@ -156,7 +157,8 @@ class SlotBatch(Batch):
                             places = self._fewer(slots, places)
                         self._widen(slots, places, most)
                         at = [_newest(row) if row.going else 0 for row in places]
-                        self.choose(places, step(self.model, slots, [row.ids[-1] for row in places], at))
+                        draws = self.draws(places)
+                        self.choose(places, step(self.model, slots, [row.ids[-1] for row in places], at), draws)
                     free = [place for place, row in enumerate(places) if not row.going]
                     enough = len(free) * GONE >= len(places)
                     entering = {place: waiting.popleft() for place in free[: len(waiting)]} if enough else {}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sparring.records import Tokens, tokens
+from sparring.transfer import moved
 
 ROOT = -1  # the parent of a segment that has none
 
@@ -153,7 +154,8 @@ def pack(groups: Sequence[Group], device: torch.device, *, share: bool = True, e
             put(tokens([0]) * filler, 0, ROOT)
             positions[-1].zero_()  # models with a table of positions have no more than their own
     row = torch.cat([torch.frombuffer(piece, dtype=torch.int32).long() for piece in ids])
-    return Packed(row[None].to(device), torch.cat(positions)[None].to(device), segments, marks.scored(device))
+    laid, at, scored = marks.placed(device, row[None], torch.cat(positions)[None])
+    return Packed(laid, at, segments, scored)
 
 
 def pad(groups: Sequence[Group], pad_id: int, device: torch.device) -> Padded:
@@ -173,7 +175,7 @@ def pad(groups: Sequence[Group], pad_id: int, device: torch.device) -> Padded:
             marks.response(0, first, first, len(response))
             place += 1
         marks.group()
-    return Padded(ids.to(device), mask.to(device), marks.scored(device))
+    return Padded(*marks.placed(device, ids, mask))
 
 
 def micro_batches(sizes: Sequence[int], budget: int) -> list[list[int]]:
@@ -217,7 +219,10 @@ class _Marks:
         self.token_bounds.append(len(self.targets))
         self.row_bounds.append(len(self.rows))
 
-    def scored(self, device: torch.device) -> Scored:
-        shared, first_shared, first_own, lengths = torch.tensor(self.rows, device=device).T
-        predictors, targets = torch.tensor(self.predictors, device=device), torch.tensor(self.targets, device=device)
-        return Scored(predictors, targets, shared, first_shared, first_own, lengths, self.token_bounds, self.row_bounds)
+    def placed(self, device: torch.device, ids: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Scored]:
+        """A layout's two tensors and its scored tokens, on ``device``."""
+        tokens = torch.tensor([self.predictors, self.targets]), torch.tensor(self.rows).T.contiguous()
+        ids, other, (predictors, targets), rows = moved(device, ids, other, *tokens)
+        shared, first_shared, first_own, lengths = rows
+        bounds = self.token_bounds, self.row_bounds
+        return ids, other, Scored(predictors, targets, shared, first_shared, first_own, lengths, *bounds)

@@ -7,6 +7,7 @@ How it is computed depends on the machine: ``segments`` here, block by block (CP
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from transformers import AttentionInterface
 
 from sparring.data.packing import ROOT, Packed, Segment
 from sparring.model.compiling import allow
+from sparring.transfer import moved
 
 Kind = Literal["segments", "flex", "varlen", "dense"]
 NAME = "sparring_segments"
@@ -237,24 +239,33 @@ def _by_kernel(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Seg
     return torch.cat(out, 2).transpose(1, 2)
 
 
+@functools.cache
+def _block_mask() -> Any:
+    """What makes a block mask, compiled: the mask of every token against every other is then never in memory."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return torch.compile(create_block_mask)
+
+
 def _flex_masks(model: Any, packed: Packed) -> Any:
     """A block mask, or one for each type of layer where the model has windows in some of them."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     device, length = packed.input_ids.device, packed.input_ids.shape[1]
-    own, before = torch.empty(2, length, dtype=torch.int32)
+    owners = torch.empty(2, length, dtype=torch.int32)
     for place, segment in enumerate(packed.segments):
-        own[segment.start : segment.stop] = place
-        before[segment.start : segment.stop] = segment.parent
-    own, before, at = own.to(device), before.to(device), packed.position_ids[0]
+        owners[0, segment.start : segment.stop] = place
+        owners[1, segment.start : segment.stop] = segment.parent
+    (own, before), at = moved(device, owners)[0], packed.position_ids[0]
+    make = _block_mask() if device.type == "cuda" else create_block_mask
 
     def mask(window: int | None) -> Any:
         def sees(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
             inside: Tensor = ((own[q] == own[k]) & (k <= q)) | (before[q] == own[k])
             return inside if window is None else inside & (at[q] - at[k] < window)
 
-        # Compiled, the mask of every token against every other is never in memory.
-        found: Any = create_block_mask(sees, None, None, length, length, device=device, _compile=device.type == "cuda")
+        with torch.no_grad():  # for passes with gradient it is no other program
+            found: Any = make(sees, None, None, length, length, device=device)
         found.ndim = 4  # GPT-2 asks, and takes what has four dimensions as it is
         return found
 

@@ -43,7 +43,10 @@ def _either(plain: Callable[..., Any]) -> Callable[..., Any]:
     def forward(module: Any, tensor: Tensor, *more: Tensor) -> Any:
         # Asked in this order, a number of rows is nothing that a program around this one depends on.
         few = torch.compiler.is_compiling() or tensor.shape[:-1].numel() < LEAST
-        return (plain if few else program)(module, tensor, *more)
+        if few:
+            return plain(module, tensor, *more)
+        compiling.allow(PROGRAMS)  # in this thread too: on CUDA backward passes have one of their own
+        return program(module, tensor, *more)
 
     forward.compiled = True  # type: ignore[attr-defined]
     return forward

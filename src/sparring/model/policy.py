@@ -177,11 +177,13 @@ def pick_device(name: str) -> torch.device:
     """The device that ``auto``, ``cpu`` or ``cuda:1`` names; ValueError where this machine lacks it."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
+    device, count = torch.device(name), torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        which = f"of that number among {count}" if count else "here"
         raise ValueError(
-            f"device is {name!r}, but PyTorch {torch.__version__} sees no CUDA device here: use --device cpu"
+            f"device is {name!r}, but PyTorch {torch.__version__} sees no CUDA device {which}: use --device cpu"
         )
-    return torch.device(name)
+    return device
 
 
 def _found(config: ModelConfig) -> str:

@@ -142,7 +142,7 @@ def _model(shape: Shape) -> Iterator[Any]:
     log = logging.getLogger("torch._subclasses.fake_tensor")  # it would print what is raised, too
     log.disabled = True
     try:
-        with FakeTensorMode(), torch.device(shape.device):
+        with torch.device("meta"):  # PEFT moves modules, which fake tensors refuse
             made = AutoModelForCausalLM.from_config(
                 copy.deepcopy(shape.config),
                 dtype=shape.dtype,
@@ -152,7 +152,9 @@ def _model(shape: Shape) -> Iterator[Any]:
             worker = prepared(made)
             if shape.adapter is not None:
                 worker = adapted(worker, shape.adapter)
-            elif shape.dtype != torch.float32:
+        with FakeTensorMode(), torch.device(shape.device):
+            _materialise(worker)
+            if shape.adapter is None and shape.dtype != torch.float32:
                 serving(worker, [torch.empty(p.shape, dtype=torch.float32) for p in worker.parameters()])
             yield worker
     except (RuntimeError, NotImplementedError, TypeError, AttributeError, KeyError) as problem:
@@ -162,6 +164,19 @@ def _model(shape: Shape) -> Iterator[Any]:
         ) from problem
     finally:
         log.disabled = False
+
+
+def _materialise(worker: Any) -> None:
+    """Give fake tensors of the device to what has none; tied weights stay tied."""
+    known: dict[int, Tensor] = {}
+    for module in worker.modules():
+        for kind in (module._parameters, module._buffers):
+            for name, bare in kind.items():
+                if bare is not None and id(bare) not in known:
+                    made = torch.empty(bare.shape, dtype=bare.dtype)
+                    learns = kind is module._parameters
+                    known[id(bare)] = torch.nn.Parameter(made, bare.requires_grad) if learns else made
+                kind[name] = None if bare is None else known[id(bare)]
 
 
 def adapted(model: Any, config: AdapterConfig) -> Any:
