@@ -30,10 +30,12 @@ WRITE = (
     "dynamic, tokens/s",
     "static, tokens/s",
     "times dynamic",
-    "first turn, s more",
+    "first two, s more",
 )
-NOTE = """Median (least-most) over {} steps and {} turns after a first one, which compiles; the ratios are paired. Eight DPO pairs
+NOTE = """Median (least-most) over {} steps and {} turns after two that compile; the ratios are paired. Eight DPO pairs
 in a step, which meets them for the first time: the reference is computed. Rows as in generation.py, at most {} tokens each."""
+
+WARM = 2  # turns without a clock: what is compiled for one length is compiled anew, for all lengths, at the second
 
 
 def steps(name: str, shape: Shape, dtype: str, count: int, device: torch.device, report: Report) -> None:
@@ -47,16 +49,16 @@ def steps(name: str, shape: Shape, dtype: str, count: int, device: torch.device,
     clock = Clock(device)
     seconds: dict[bool, list[float]] = {False: [], True: []}
     apart = 0.0
-    for step in range(count + 1):
+    for step in range(count + WARM):
         pairs, losses = make_pairs("dpo", BATCH, shape, step), []
         for compiled in (False, True) if step % 2 else (True, False):
             clock.start()
             losses.append(sides[compiled].update(pairs, step)["loss"])
             seconds[compiled].append(clock.stop())
         apart = max(apart, abs(losses[0] - losses[1]))
-    plain, ours = seconds[False][1:], seconds[True][1:]
+    plain, ours = seconds[False][WARM:], seconds[True][WARM:]
     times = ratios(plain, ours)
-    more = seconds[True][0] - seconds[False][0]
+    more = sum(seconds[True][:WARM]) - sum(seconds[False][:WARM])
     report.row(
         "Steps", STEP, (name, dtype, spread(plain, 2), spread(ours, 2), spread(times), f"{more:.0f}", f"{apart:.1g}")
     )
@@ -75,17 +77,17 @@ def writing(
     clock = Clock(device)
     rates: dict[str, list[float]] = {cache: [] for cache in sides}
     first: dict[str, float] = {}
-    for turn in range(turns + 1):
+    for turn in range(turns + WARM):
         requests = requests_of(case, shape, new, turn)
         for cache in sorted(sides, reverse=bool(turn % 2)):
             rate, _ = timed(
                 clock,
                 lambda: [list(w.token_ids) for w in sides[cache].write(requests, case.sampling)],  # noqa: B023
             )
-            if turn:
+            if turn >= WARM:
                 rates[cache].append(rate)
             else:
-                first[cache] = clock.stop()
+                first[cache] = first.get(cache, 0.0) + clock.stop()
     times = ratios(rates["static"], rates["dynamic"])
     cells = [spread(rates[cache], 0) for cache in ("dynamic", "static")]
     limits = f"{new}, {'even' if case.even else 'uneven'}"

@@ -60,8 +60,9 @@ STEP = (
 )
 GENERATION = ("shape", "rows", "cache", "generate, tokens/s", "ours, tokens/s", "times generate")
 EQUALITY = ("shape", "layout", "nats a token off float32, most", "gradient's cosine with float32")
+WARM = 2  # steps: what is compiled for one length is compiled anew, for all lengths, at the second
 NOTE = """bf16. Eight pairs a step: prompts of 20-400 tokens, responses of 50-300 (toy: less). Tokens are those of prompts and
-responses, without padding. Median (least-most) of steps after a warm-up; ratios are paired by pairs. The share is of the
+responses, without padding. Median (least-most) of steps after two warm-ups; ratios are paired by pairs. The share is of the
 operations a step needs (nothing twice; with LoRA no gradients of the frozen weights) at the rate of a square matrix product,
 measured. TRL's head scores completions alone, as it does on a GPU."""
 
@@ -107,8 +108,8 @@ def ours(setting: Setting, cell: Cell, batches: Sequence[Sequence[Pair]]) -> Fou
 
 
 def places(batches: Sequence[Any]) -> list[str]:
-    """A warm-up, steps with a clock, and one with an eye on memory."""
-    return ["", *["seconds"] * (len(batches) - 2), "peaks"]
+    """Warm-ups, steps with a clock, and one with an eye on memory."""
+    return [*[""] * WARM, *["seconds"] * (len(batches) - WARM - 1), "peaks"]
 
 
 def freed(side: Any, *given: Any) -> Found | None:
@@ -126,7 +127,7 @@ def freed(side: Any, *given: Any) -> Found | None:
 def steps(name: str, setting: Setting, device: torch.device, count: int, report: Report) -> None:
     """Both sides' steps."""
     cell = Cell(setting.shape, "dpo", "bf16", setting.checkpointing, device)
-    batches = cell.batches(count + 2)
+    batches = cell.batches(count + WARM + 1)
     rate = matmul_rate(device, torch.bfloat16)
     found = {"theirs": freed(theirs, setting, cell, batches), "ours": freed(ours, setting, cell, batches)}
     figures: dict[str, Any] = {"shape": name, "lora": setting.lora, "matmul_rate": rate}
@@ -142,7 +143,7 @@ def steps(name: str, setting: Setting, device: torch.device, count: int, report:
             report.row("Steps", STEP, (*words, "out of memory", *["-"] * 5))
             continue
         seconds = got.seconds[side]
-        timed = batches[1 : 1 + count]
+        timed = batches[WARM : WARM + count]
         work = [needed_flops(setting.shape, pairs, reference=reference) for pairs in timed]
         if setting.lora:
             work = [value * (2 + reference) / (3 + reference) for value in work]

@@ -128,6 +128,7 @@ def two_processes(steps: int, toy: bool) -> dict[str, Any] | None:
         for name, start in (("one", []), ("two", torchrun)):
             run = folder / name
             keys = {"model_name_or_path": model, "dataset_name": data, "output_dir": run, "max_steps": steps + 1}
+            keys |= {} if torch.cuda.device_count() > 1 else {"device": "cpu"}
             words = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
             line = [sys.executable, *start, "-m", "sparring", "dpo", *words]
             subprocess.run(line, check=True, env=environment, stdout=subprocess.DEVNULL)

@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from sparring.config import resolve
 from sparring.learner import Learner
 from sparring.methods import method
+from sparring.model.parallel import ALONE
 from sparring.model.plan import expected, fitting
 from sparring.model.policy import prepared
-from sparring.model.roles import Roles
+from sparring.model.start import computed_in, make_roles
 from sparring.records import Pair, Response, tokens
 
 SHAPE = {"vocab_size": 32000, "hidden_size": 384, "layers": 6, "heads": 8, "kv_heads": 4, "tied": False}
@@ -66,10 +67,10 @@ def play(config: Any, shape: dict[str, Any], batches: list[int]) -> None:
     """A model in its roles, and updates of it on so many pairs each; a single pair is short, and makes the optimizer's state."""
     torch.manual_seed(0)
     cadence = config.method.cadence(config.training.batch_size, 100)
-    dtype = torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
-    policy = prepared(LlamaForCausalLM(llama(shape)).eval())
-    compares = cadence.reference != "none"
-    roles = Roles(policy, ema_decay=cadence.ema_decay, reference=compares, dtype=dtype)
+    held = computed_in(config) if config.adapter.use_peft else torch.float32  # a frozen base is held as it computes
+    policy = prepared(AutoModelForCausalLM.from_config(llama(shape), dtype=held).eval())
+    device = torch.device("cpu")
+    roles = make_roles(config, policy, cadence.ema_decay, cadence.reference, say=str, world=ALONE, device=device)
     learner = Learner(roles, config.method, config.training, pad_id=0, total_steps=20)
     every = config.training.term_grad_norm_steps or 1  # terms are told apart in each of these updates
     for number, count in enumerate(batches):

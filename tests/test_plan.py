@@ -135,6 +135,7 @@ MEASURED: list[dict[str, Any]] = [
     {"method": "sapo", "dtype": "bfloat16", "vocab_size": 8192, "hidden_size": 512},
     {"method": "sft", "optim": "rmsprop", "vocab_size": 64000, "layers": 2, "max_tokens_per_micro_batch": 512},
     {"method": "dpo", "dtype": "bfloat16", "gradient_checkpointing": True, "vocab_size": 48000, "hidden_size": 320},
+    {"method": "dpo", "dtype": "bfloat16", "use_peft": True, "vocab_size": 32000, "hidden_size": 640},
 ]
 
 
@@ -253,7 +254,7 @@ def test_the_command_reads_recipes_and_flags_and_says_whether_it_fits(
     monkeypatch.setenv("COLUMNS", "160")
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(f"method: sapo\nmax_length: 96\nmodel_name_or_path: {inputs['model_name_or_path']}\n")
-    assert main(["plan", "--config", str(recipe)]) == 0
+    assert main(["plan", "--config", str(recipe), "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     for words in ("weights", "EMA", "reference's pass", "KV cache", "peak", "available", "2,048", "fits"):
         assert words in out

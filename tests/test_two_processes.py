@@ -36,6 +36,7 @@ KEYS = {
     "reference_every": 3,
     "buffer_size": 20,
     "generate_ahead": 2,
+    "device": "cpu",
 }
 
 
@@ -234,6 +235,7 @@ def test_rounds_with_a_judge_are_played_by_two_processes_as_by_one(
         "report_to": "none",
         "eval_dataset_name": inputs[1],
         "eval_max_samples": 5,
+        "device": "cpu",
     }
     extra = (
         {"verifier": f"{tmp_path / 'check.py'}:score"}
