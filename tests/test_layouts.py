@@ -268,6 +268,21 @@ def test_the_head_s_gradients_are_autograd_s(
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16, None])
+def test_a_head_s_gradient_has_the_precision_that_its_weight_asks_for(kept: torch.dtype | None) -> None:
+    model = tiny_llama(tie_word_embeddings=False).bfloat16()
+    model.lm_head.weight.grad_dtype = kept  # as FSDP2 asks for float32
+    made, hidden = Head(model), torch.randn(2, 32, dtype=torch.bfloat16)
+    with torch.no_grad():
+        made.backward(hidden, torch.tensor([3, 4]), [0, 2], lambda first, last, logps: torch.ones_like(logps))
+    grad = model.lm_head.weight.grad
+    expected = torch.autograd.functional.jacobian(
+        lambda weight: (hidden.float() @ weight.T).log_softmax(-1)[[0, 1], [3, 4]].sum(), model.lm_head.weight.float()
+    )
+    assert grad.dtype == (kept or torch.bfloat16)
+    torch.testing.assert_close(grad.float(), expected, rtol=5e-2, atol=5e-2)
+
+
 def test_a_model_that_packs_wrongly_is_found_out_and_laid_out_densely(monkeypatch: pytest.MonkeyPatch) -> None:
     def leaking(*args: Any, segments: Any, **words: Any) -> Any:
         """Attention that sees across sequences, as a packing that is not understood does."""

@@ -21,6 +21,7 @@ from transformers import (
 
 import sparring
 from sparring.data import parquet
+from sparring.model.policy import pick_device
 from sparring.records import Pair
 
 SMALL: dict[str, Any] = {
@@ -40,6 +41,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", 30)
+
+
+def test_a_device_that_is_not_here_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [pick_device(name).index for name in ("cuda", "cuda:1")] == [None, 1]
+    with pytest.raises(ValueError, match=r"device is 'cuda:7', and there are 2, numbered from 0: use cuda:1"):
+        pick_device("cuda:7")
+    with pytest.raises(ValueError, match=r"device is 'gpu', and no device is called so: use auto, cpu, cuda or cuda:1"):
+        pick_device("gpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"sees no CUDA device here: use --device cpu"):
+        pick_device("cuda:1")
 
 
 def test_sapo_leaves_an_ordinary_folder_that_says_where_it_comes_from(model: Path, rows: Path, tmp_path: Path) -> None:
@@ -135,7 +149,7 @@ def test_every_offline_loss_widens_the_margin_on_given_pairs(kind: type, model: 
         ({"max_steps": "many"}, "must be int"),
         ({"output_dir": ""}, "output_dir is missing"),
         ({"model_name_or_path": "/no/such/model"}, "no folder /no/such/model"),
-        ({"device": "cuda:7"}, "no CUDA device"),
+        ({"device": "cuda:7"}, "(no CUDA device here|numbered from 0): use "),
         ({"report_to": "wandb"}, "pip install 'sparring\\[wandb\\]'"),
     ],
 )

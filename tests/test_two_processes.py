@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from small import tiny_llama
 from toyrun import toy_folder, write_rows
 from two import CASES, METHODS, play
 
 from sparring.checkpoint import found
-from sparring.model.parallel import ALONE, World, _launched, joined
+from sparring.model.parallel import ALONE, World, _launched, gathered, joined, shard
 
 pytestmark = pytest.mark.xdist_group("two processes")  # what two processes make for many tests is made once
 
@@ -111,31 +113,47 @@ def test_a_run_of_two_processes_is_a_run(whole_run: Path, inputs: tuple[Path, Pa
     assert len(list(last.glob("policy.*-of-2.safetensors"))) == 2
 
 
-# Two processes whose clocks disagree: the main one finds the static cache to be faster, the other one the dynamic.
-DISAGREE = """
+# Two processes, of which one or both find the static cache to be faster.
+CLOCKS = """
 import os
 from sparring.cli import command
 from sparring.model import compiling
 
-def fastest(what, ways, device, say):
-    for way in ways.values():
-        way()
-    return list(ways)[os.environ["RANK"] == "0"]
-
-compiling.MEASURED, compiling.fastest = {"cpu"}, fastest
+compiling.MEASURED = {"cpu"}
+compiling.fastest = lambda what, ways, device, say: "static" if os.environ["RANK"] in os.environ["STATIC"] else "dynamic"
 command()
 """
 
 
-def test_processes_measure_the_cache_and_the_main_ones_finding_is_everybodys(
-    inputs: tuple[Path, Path], tmp_path: Path
+@pytest.mark.parametrize(("static", "found"), [("01", "static"), ("0", "dynamic")])
+def test_the_cache_is_static_where_all_processes_found_it_faster(
+    static: str, found: str, inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "disagree.py").write_text(DISAGREE)
+    (tmp_path / "clocks.py").write_text(CLOCKS)
+    monkeypatch.setitem(QUIET, "STATIC", static)
     given = words(*inputs, tmp_path / "run", [])[2:]  # without -m sparring
-    done = run([*TORCHRUN, str(tmp_path / "disagree.py"), *given, "--torch_compile", "false"])
+    done = run([*TORCHRUN, str(tmp_path / "clocks.py"), *given, "--torch_compile", "false"])
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "cache_implementation: static" in (tmp_path / "run" / "config.yaml").read_text()
+    assert f"cache_implementation: {found}\n" in (tmp_path / "run" / "config.yaml").read_text()
     assert [line["step"] for line in figures(tmp_path / "run") if "loss" in line][-1] == KEYS["max_steps"]
+
+
+def test_what_is_gathered_reads_the_same_every_time_and_is_empty_afterwards(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}  # its frequencies change with what is read
+    start = tiny_llama(max_position_embeddings=8, rope_parameters=rope)
+    ids = torch.tensor([list(range(3, 23))])
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    try:
+        whole = shard(start, World(0, 1, 0), torch.device("cpu"), computes=torch.float32)
+        with torch.no_grad():
+            expected = start(ids).logits
+            for _ in range(2):
+                with gathered(whole) as alone:
+                    torch.testing.assert_close(alone(ids).logits, expected)
+            with pytest.raises((RuntimeError, NotImplementedError)):
+                alone(ids).logits.sum().item()
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_killed_process_ends_the_job_with_a_clear_error_and_the_run_resumes_to_the_bit(

@@ -41,7 +41,6 @@ CASES: dict[str, dict[str, Any]] = {
 }
 METHODS = {"dpo": DPO(), "sapo": SAPO(loss_type="orpo")}
 
-
 PROMPTS = [[5, 6, 7], [8, 9], [4], [20, 21, 22, 23, 24]]
 WAYS = {"greedy": Sampling(temperature=0.0), "sampled": Sampling(temperature=0.9)}
 WRITING: tuple[Role, ...] = ("policy", "ema", "policy")  # weights are let go between them, and gathered anew

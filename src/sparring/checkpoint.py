@@ -135,9 +135,7 @@ def _write_rest(part: Path, state: TrainState) -> None:
         tensors = {"serials": torch.tensor(serials), "logps": torch.stack([known[serial] for serial in serials])}
         written.append(part / "reference_logps.safetensors")
         save_file(tensors, written[-1])
-    for (
-        file
-    ) in written:  # and no other: the other processes' are not all there yet, and under names that they give up again
+    for file in written:  # only these: others are still being written, by processes that sync them themselves
         _sync(file)
 
 

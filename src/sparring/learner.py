@@ -117,7 +117,7 @@ class Learner:
             )
         if asked:
             with self.roles.playing("reference") as model:
-                found[asked] = self._scored(model, [pairs[i] for i in asked])[:, :, 0]
+                found[sent(self.device, asked)] = self._scored(model, [pairs[i] for i in asked])[:, :, 0]
         held = found.cpu()
         for row, pair in zip(held, pairs, strict=True):
             if pair.serial in known:
@@ -170,7 +170,7 @@ class Learner:
             groups = list(map(group_of, mine))
             sums = self.scorer(groups).sums(model, groups, self._spans(mine))
             if places:
-                table[places] = sums.view(len(places), -1, 2)
+                table[sent(self.device, places)] = sums.view(len(places), -1, 2)
         return self.roles.world.sum(table)
 
     def _backward(

@@ -68,7 +68,7 @@ class Session:
         judging["spent"] = journal.spent_on_judging()
         later = judge is None and config.judging.judge == "policy"  # which is not there yet
         self.judge: Judge = NoJudge() if later else fitting(self.method, make_judge(config, device, **judging))
-        check_generation(config, self.method, world)
+        check_generation(config, self.method)
         if model is None:
             policy.check_causal(config.model)
         ends = None if model is None else policy.ends_of(model.generation_config)

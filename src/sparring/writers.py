@@ -146,7 +146,7 @@ class Writers(Mapping[str, Writer]):
         found = self._alone(lambda: self._roles.playing("policy", alone=True), lambda: "policy").settle(
             asked, Sampling()
         )
-        return "static" if self._world.told(found) == "static" else "dynamic"
+        return "dynamic" if self._world.any(found != "static") else "static"  # what one cannot have, none has
 
     def _role(self, role: Role, *, alone: bool = False) -> Writer:
         name = role if role in self._roles.kept() else "policy"
@@ -223,7 +223,7 @@ def _messages(prompt: Prompt) -> Sequence[Message]:
     return [{"role": "user", "content": content}] if isinstance(content, str) else content
 
 
-def check_generation(config: Config, method: Method, world: World) -> None:
+def check_generation(config: Config, method: Method) -> None:
     """Raise ValueError where what ``method`` wants cannot be written as ``config`` has it, before time is spent."""
     keys = config.generation
     if keys.generation_backend != "server":

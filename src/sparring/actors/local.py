@@ -126,7 +126,7 @@ class LocalWriter:
         if name not in self.layouts:
             # A model may be dense for lack of a kernel with soft-capped scores, which FlexAttention and ours have.
             own, other = (kind_for(weight.device, how) for how in (model.config._attn_implementation, "sdpa"))
-            kinds: list[Kind] = [own, other, "segments"]
+            kinds: dict[Kind, None] = dict.fromkeys((own, other, "segments"))
             packable = (kind for kind in kinds if kind != "dense" and can_pack(model, kind))
             self.layouts[name] = next(packable, "dense")
         return self.layouts[name]

@@ -221,8 +221,10 @@ class _Marks:
 
     def placed(self, device: torch.device, ids: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Scored]:
         """A layout's two tensors and its scored tokens, on ``device``."""
-        tokens = torch.tensor([self.predictors, self.targets]), torch.tensor(self.rows).T.contiguous()
-        ids, other, (predictors, targets), rows = moved(device, ids, other, *tokens)
-        shared, first_shared, first_own, lengths = rows
+        scored = torch.tensor([self.predictors, self.targets], dtype=torch.long)
+        rows = torch.tensor(self.rows, dtype=torch.long).T.contiguous()
+        ids, other, (predictors, targets), (shared, first_shared, first_own, lengths) = moved(
+            device, ids, other, scored, rows
+        )
         bounds = self.token_bounds, self.row_bounds
         return ids, other, Scored(predictors, targets, shared, first_shared, first_own, lengths, *bounds)

@@ -256,7 +256,8 @@ def _flex_masks(model: Any, packed: Packed) -> Any:
     for place, segment in enumerate(packed.segments):
         owners[0, segment.start : segment.stop] = place
         owners[1, segment.start : segment.stop] = segment.parent
-    (own, before), at = moved(device, owners)[0], packed.position_ids[0]
+    own, before = moved(device, owners)[0]
+    at = packed.position_ids[0]
     make = _block_mask() if device.type == "cuda" else create_block_mask
 
     def mask(window: int | None) -> Any:
@@ -264,7 +265,7 @@ def _flex_masks(model: Any, packed: Packed) -> Any:
             inside: Tensor = ((own[q] == own[k]) & (k <= q)) | (before[q] == own[k])
             return inside if window is None else inside & (at[q] - at[k] < window)
 
-        with torch.no_grad():  # for passes with gradient it is no other program
+        with torch.no_grad():  # so that passes with and without gradient share one program
             found: Any = make(sees, None, None, length, length, device=device)
         found.ndim = 4  # GPT-2 asks, and takes what has four dimensions as it is
         return found

@@ -15,7 +15,8 @@ ROUNDS, GAIN = 3, 0.97  # a way has to take less than so much of the first one's
 def allow(programs: int) -> None:
     """Let one function be compiled to so many programs in this thread, before PyTorch gives up on it for good."""
     # Not by config.patch around each call, which in PyTorch 2.13 leaves a variable in the thread's context for good.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, programs)
+    if torch._dynamo.config.recompile_limit < programs:
+        torch._dynamo.config.recompile_limit = programs
 
 
 def fastest(what: str, ways: Mapping[str, Callable[[], Any]], device: torch.device, say: Callable[[str], None]) -> str:

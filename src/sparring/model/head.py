@@ -68,7 +68,7 @@ class Head:
             first = last
         for weight, total in self._sums.values():
             # FSDP2 of PyTorch 2.15 takes gradients in the precision that it adds them up in, and no other.
-            dtype = getattr(weight, "grad_dtype", None) or weight.dtype
+            dtype = weight.grad_dtype or weight.dtype  # None: any
             weight.grad = total.to(dtype) if weight.grad is None else weight.grad.add_(total)
         return d_hidden
 

@@ -164,7 +164,11 @@ def shard(
     fully_shard(made, reshard_after_forward=False, **words)  # the head is used after the forward pass
     made.sparring_backbone = made.base_model.forward  # what the hooks of the whole stand around
     register_fsdp_forward_method(made, "sparring_backbone")
-    object.__setattr__(made, "sparring_plain", alone.eval())  # no part of it; it has weights while they are gathered
+    for mine, full in zip(
+        alone.modules(), made.modules(), strict=True
+    ):  # its own: some models change them as they read
+        mine._buffers = {n: None if tensor is None else tensor.clone() for n, tensor in full._buffers.items()}
+    object.__setattr__(made, "sparring_plain", alone.eval())  # past nn.Module, so that it is no submodule
     return made
 
 
@@ -201,18 +205,21 @@ def together(model: Any) -> Iterator[Any]:
 def gathered(model: Any) -> Iterator[Any]:
     """The model with all its weights, in the precision that computes, for passes that every process makes by itself.
 
-    Its layers are called without FSDP2's hooks, which would cost Python's time for every token, and cannot be compiled or recorded.
+    Layers run without FSDP2's hooks, which cost Python's time at every token and can be neither compiled nor recorded: of a sharded
+    model it is :func:`unhooked` that is given, which has weights for so long and no longer.
     """
     alone = unhooked(model)
+    both = [] if alone is model else list(zip(alone.modules(), model.modules(), strict=True))
+    empty = [dict(mine._parameters) for mine, _ in both]
     for module in _sharded(model):
         module.unshard()
     try:
-        if alone is not model:
-            for mine, full in zip(alone.modules(), model.modules(), strict=True):
-                mine._parameters.update(full._parameters)
-                mine._buffers.update(full._buffers)
+        for mine, full in both:
+            mine._parameters.update(full._parameters)
         yield alone
     finally:
+        for (mine, _), none in zip(both, empty, strict=True):
+            mine._parameters.update(none)
         for module in _sharded(model):
             module.reshard()
 

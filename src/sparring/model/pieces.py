@@ -26,7 +26,7 @@ TRIED = 4096  # tokens that the pieces are timed on
 def compile_pieces(model: Any) -> None:
     """Let the pieces of ``model`` compute compiled; copies of it, and what is put around it, do so too."""
     compiling.allow(PROGRAMS)
-    for module in {*model.modules(), *unhooked(model).modules()}:
+    for module in dict.fromkeys([*model.modules(), *unhooked(model).modules()]):
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = types.MethodType(_either(module.forward.__func__), module)
         elif gated.kind_of(module):

@@ -177,12 +177,17 @@ def pick_device(name: str) -> torch.device:
     """The device that ``auto``, ``cpu`` or ``cuda:1`` names; ValueError where this machine lacks it."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    device, count = torch.device(name), torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type == "cuda" and (device.index or 0) >= count:
-        which = f"of that number among {count}" if count else "here"
+    try:
+        device = torch.device(name)
+    except RuntimeError as problem:
+        raise ValueError(f"device is {name!r}, and no device is called so: use auto, cpu, cuda or cuda:1") from problem
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and not count:
         raise ValueError(
-            f"device is {name!r}, but PyTorch {torch.__version__} sees no CUDA device {which}: use --device cpu"
+            f"device is {name!r}, but PyTorch {torch.__version__} sees no CUDA device here: use --device cpu"
         )
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(f"device is {name!r}, and there are {count}, numbered from 0: use cuda:{count - 1}")
     return device
 
 

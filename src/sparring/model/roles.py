@@ -57,7 +57,7 @@ class Roles:
         """The model in ``role``, for forward passes without gradient.
 
         Of a sharded one all processes make the same number of passes, unless each has to be ``alone``: then its weights are
-        gathered for as long as it plays.
+        gathered for as long as it plays, in a plain model of the same kind.
         """
         model = self.reference if role == "reference" and self.reference is not None else self.worker
         lent = role == "ema" and self.ema is not None
