@@ -15,7 +15,7 @@ from torch import Tensor
 from sparring.actors import local
 from sparring.data.packing import pack
 from sparring.methods.base import Sampling
-from sparring.model.logps import Scorer
+from sparring.model.logps import Scorer, checked
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
@@ -53,6 +53,22 @@ def test_what_its_compiler_makes_gives_the_dense_log_probs(name: str) -> None:
     model, spans = build(name), spans_of(GROUPS)
     found = Scorer("flex", PAD, CPU).sums(model, GROUPS, spans).double()
     torch.testing.assert_close(found, dense_sums(model, GROUPS, spans).detach(), rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in UNPACKED])
+def test_where_it_is_chosen_to_learn_its_backward_pass_is_tried_and_leaves_nothing(name: str) -> None:
+    model = build(name)
+    assert checked("flex", model, GROUPS, PAD, CPU, learns=True)[0].kind == "flex"
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+def test_without_a_backward_pass_it_scores_and_does_not_learn() -> None:
+    model = build("llama")
+    assert checked("flex", model, GROUPS, PAD, CPU)[0].kind == "flex"
+    scorer, words = checked("flex", model, GROUPS, PAD, CPU, learns=True)
+    assert scorer.kind == "dense"
+    assert words.startswith("dense layout, since this model cannot be packed: ")
 
 
 @torch.no_grad()

@@ -134,7 +134,7 @@ class Learner:
             kind = kind_for(self.device, self.roles.policy.config._attn_implementation)
             with together(self.roles.worker):
                 parts = self.roles.worker, groups, self.pad_id, self.device, self.roles.dtype
-                self._scorer, words = checked(kind, *parts)
+                self._scorer, words = checked(kind, *parts, learns=self.roles.divided.size == 1)
             if self.roles.world.any(self._scorer.kind == "dense"):  # all processes have to make the same passes
                 self._scorer = Scorer("dense", self.pad_id, self.device)
             self.layout = self._scorer.kind

@@ -77,6 +77,15 @@ class Scorer:
                 d_hidden = head.backward(hidden.detach(), scored.targets, scored.token_bounds, slopes)
             hidden.backward(d_hidden)
 
+    def differentiate(self, model: Any, groups: Sequence[Group]) -> None:
+        """A backward pass that leaves no gradient anywhere, and raises what one raises here."""
+        bare = unwrapped(model)
+        words = inputs(bare, self._pack(groups), self.kind)
+        with torch.enable_grad(), attending(bare, self.kind):
+            states = bare.get_input_embeddings()(words.pop("input_ids")).detach().requires_grad_()
+            hidden = bare.base_model(inputs_embeds=states, **words).last_hidden_state
+            torch.autograd.grad(hidden.float().sum(), states)
+
     def _pack(self, groups: Sequence[Group]) -> Packed:
         return pack(groups, self.device, share=self.kind != "varlen", even=self.kind == "flex")
 
@@ -104,10 +113,13 @@ def checked(
     pad_id: int,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
+    *,
+    learns: bool = False,
 ) -> tuple[Scorer, str]:
     """A scorer of ``kind`` where it agrees with the dense one on the shortest of ``groups``, else the dense one; and why.
 
-    ``dtype`` is that of the computation, and decides how near they have to be.
+    ``dtype`` is that of the computation, and decides how near they have to be. ``learns``: a compiled kernel has to have a backward
+    pass, too, which may want more of the device than it has.
     """
     dense = Scorer("dense", pad_id, device)
     if kind == "dense":
@@ -123,6 +135,8 @@ def checked(
         mine, theirs = scorer.sums(model, shortest, spans)[:, 1], dense.sums(model, shortest, spans)[:, 1]
         lengths = torch.tensor([len(r) for g in shortest for r in g.responses], device=device)
         error = float(((mine - theirs).abs() / lengths).max())
+        if learns and kind == "flex":
+            scorer.differentiate(model, shortest)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, AttributeError, KeyError, ValueError) as problem:
