@@ -25,7 +25,7 @@ from sparring.model.parallel import local, together
 from sparring.model.pieces import compile_pieces
 from sparring.model.roles import Roles, checkpointing
 from sparring.records import Pair
-from sparring.transfer import sent
+from sparring.transfer import moved, sent
 
 BUDGET = 2048  # tokens of a micro-batch that nobody has chosen
 Terms = Callable[[LogProbs], dict[str, Tensor]]
@@ -124,7 +124,7 @@ class Learner:
                 row.copy_(known[pair.serial])
             elif pair.serial >= 0 and bool(row.isfinite().all()):
                 known[pair.serial] = row.clone()
-        return held.to(self.device)
+        return moved(self.device, held)[0]
 
     def scorer(self, groups: Sequence[Group]) -> Scorer:
         """How this model's log-probs are computed; found out on the first ``groups`` there are."""
@@ -250,7 +250,7 @@ class Learner:
             part.grad = None if p.grad is None else local(p.grad)
         limit = self.config.max_grad_norm
         if limit:
-            torch.nn.utils.clip_grads_with_norm_(mine, limit, torch.tensor(grad_norm, device=self.device))
+            torch.nn.utils.clip_grads_with_norm_(mine, limit, sent(self.device, grad_norm))
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
