@@ -164,9 +164,8 @@ def shard(
     fully_shard(made, reshard_after_forward=False, **words)  # the head is used after the forward pass
     made.sparring_backbone = made.base_model.forward  # what the hooks of the whole stand around
     register_fsdp_forward_method(made, "sparring_backbone")
-    for mine, full in zip(
-        alone.modules(), made.modules(), strict=True
-    ):  # its own: some models change them as they read
+    # Buffers of its own, since some models change theirs as they read.
+    for mine, full in zip(alone.modules(), made.modules(), strict=True):
         mine._buffers = {n: None if tensor is None else tensor.clone() for n, tensor in full._buffers.items()}
     object.__setattr__(made, "sparring_plain", alone.eval())  # past nn.Module, so that it is no submodule
     return made
