@@ -25,7 +25,6 @@ HERE, TOTAL = Path(__file__).parent, int(os.environ.get("SIMCUDA_MEMORY", 2**34)
 WATCHED = os.environ.get("SIMCUDA_WATCH", "/sparring/")  # in the path of code whose lines waits are counted by
 
 waits: collections.Counter[tuple[str, str]] = collections.Counter()  # (operation, place in the code)
-STANDARD = "c++20"  # of PyTorch's headers
 mode = "default"  # of set_sync_debug_mode
 compiler = torch.compile
 
@@ -49,7 +48,7 @@ def built() -> Any:
     if not made.exists():
         folders = [*include_paths(), sysconfig.get_paths()["include"]]
         library, half = Path(torch.__file__).parent / "lib", made.with_suffix(f".{os.getpid()}")
-        words = ["-O1", "-shared", "-fPIC", f"-std={STANDARD}", "-DTORCH_EXTENSION_NAME=simcuda_core", str(source)]
+        words = ["-O1", "-shared", "-fPIC", "-std=c++20", "-DTORCH_EXTENSION_NAME=simcuda_core", str(source)]
         words += [
             *(f"-isystem{folder}" for folder in folders),
             f"-L{library}",
@@ -82,14 +81,6 @@ def heard(operation: str) -> None:
     waits[operation, place or "autograd's thread"] += 1
     if mode == "error":
         raise RuntimeError(f"called a synchronizing CUDA operation ({operation}, {place})")
-
-
-@contextlib.contextmanager
-def waiting() -> Any:
-    """A Counter of what is waited for inside, filled as it ends."""
-    before, found = collections.Counter(waits), collections.Counter()
-    yield found
-    found.update(waits - before)
 
 
 def patch(core: Any) -> None:
