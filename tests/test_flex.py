@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 from test_generation import PROMPTS, generated, requests, small_model, writer
-from test_layouts import COUNT, CPU, GROUPS, MODELS, PAD, UNPACKED, build, dense_sums, gradients, spans_of
-from torch import Tensor
+from test_layouts import CPU, GROUPS, MODELS, PAD, UNPACKED, build, dense_sums, held_to_dense, spans_of
 
 from sparring.actors import local
 from sparring.data.packing import pack
@@ -31,21 +30,7 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in UNPACKED])
 def test_log_probs_and_gradients_by_flex_attention_are_the_dense_ones(name: str) -> None:
-    model, spans = build(name), spans_of(GROUPS)
-    weights = torch.linspace(-1.0, 2.0, 2 * COUNT).view(COUNT, 2)
-    scorer = Scorer("flex", PAD, CPU)
-
-    def loss(sums: Tensor, rows: slice = slice(None)) -> Tensor:
-        return (torch.nn.functional.softplus(sums / 5) * weights[rows]).sum()
-
-    expected = dense_sums(model, GROUPS, spans)
-    torch.testing.assert_close(scorer.sums(model, GROUPS, spans).double(), expected.detach(), rtol=1e-5, atol=2e-5)
-    loss(expected).backward()
-    dense = gradients(model)
-    model.zero_grad()
-    bounds = [0, *torch.tensor([len(g.responses) for g in GROUPS]).cumsum(0).tolist()]
-    scorer.backward(model, GROUPS, spans, lambda a, b, sums: loss(sums, slice(bounds[a], bounds[b])))
-    assert (gradients(model) - dense).norm() / dense.norm() < 1e-4
+    held_to_dense(build(name), Scorer("flex", PAD, CPU))
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma 2"])

@@ -10,7 +10,7 @@ import transformers
 from small import PAD, tiny_llama
 from torch import Tensor
 
-from sparring.data.packing import ROOT, Group, Segment, micro_batches, pack, packed_size, pad
+from sparring.data.packing import Group, Segment, micro_batches, pack, packed_size, pad
 from sparring.model import attention, head
 from sparring.model.attention import Blocks, segment_attention
 from sparring.model.head import Head
@@ -103,22 +103,15 @@ def gradients(model: Any) -> Tensor:
     return torch.cat([p.grad.float().flatten() for p in model.parameters() if p.grad is not None])
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_packed_log_probs_and_gradients_are_the_dense_ones(name: str) -> None:
-    model = build(name)
-    scorer, words = checked("segments", model, GROUPS, PAD, CPU)
-    assert scorer.kind == ("dense" if name in UNPACKED else "segments"), words
-    assert UNPACKED.get(name, "common prefixes once") in words
-    spans = spans_of(GROUPS)
-    mine = scorer.sums(model, GROUPS, spans)
-    expected = dense_sums(model, GROUPS, spans)
-    torch.testing.assert_close(mine.double(), expected.detach(), rtol=1e-5, atol=2e-5)
-
-    weights = torch.linspace(-1.0, 2.0, 2 * COUNT).view(COUNT, 2)
+def held_to_dense(model: Any, scorer: Scorer) -> None:
+    """Sums and gradients of ``scorer`` are those of whole logits, one sequence at a time."""
+    weights, spans = torch.linspace(-1.0, 2.0, 2 * COUNT).view(COUNT, 2), spans_of(GROUPS)
 
     def loss(sums: Tensor, rows: slice = slice(None)) -> Tensor:
         return (torch.nn.functional.softplus(sums / 5) * weights[rows]).sum()
 
+    expected = dense_sums(model, GROUPS, spans)
+    torch.testing.assert_close(scorer.sums(model, GROUPS, spans).double(), expected.detach(), rtol=1e-5, atol=2e-5)
     loss(expected).backward()
     dense = gradients(model)
     model.zero_grad()
@@ -126,6 +119,15 @@ def test_packed_log_probs_and_gradients_are_the_dense_ones(name: str) -> None:
     scorer.backward(model, GROUPS, spans, lambda a, b, sums: loss(sums, slice(bounds[a], bounds[b])))
     error = (gradients(model) - dense).norm() / dense.norm()
     assert error < 1e-4, f"{error}"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_log_probs_and_gradients_are_the_dense_ones(name: str) -> None:
+    model = build(name)
+    scorer, words = checked("segments", model, GROUPS, PAD, CPU)
+    assert scorer.kind == ("dense" if name in UNPACKED else "segments"), words
+    assert UNPACKED.get(name, "common prefixes once") in words
+    held_to_dense(model, scorer)
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in UNPACKED])
@@ -140,15 +142,11 @@ def test_in_bfloat16_packed_is_no_further_from_the_truth_than_padded(name: str) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["segments", "varlen", "dense"])
+@pytest.mark.parametrize("kind", ["segments", "dense"])
 def test_micro_batches_change_nothing(kind: Any, dtype: torch.dtype) -> None:
     model = build("llama").to(dtype)
     scorer, spans = Scorer(kind, PAD, CPU), spans_of(GROUPS)
     bounds = [0, *torch.tensor([len(g.responses) for g in GROUPS]).cumsum(0).tolist()]
-    if kind == "varlen":  # transformers takes the positions for the packing only where FlashAttention is there
-        scorer = Scorer("segments", PAD, CPU)
-        sizes = [sum(len(g.prompt) + len(r) - 1 for r in g.responses) for g in GROUPS]
-        assert [Scorer("varlen", PAD, CPU).size(g) for g in GROUPS] == sizes
     whole = scorer.sums(model, GROUPS, spans)
     batches = scorer.cut(GROUPS, max(map(scorer.size, GROUPS)))
     assert len(batches) > 1
@@ -169,15 +167,12 @@ def test_what_a_group_shares_is_laid_out_once() -> None:
     assert packed.scored.targets.tolist()[:9] == [10, 11, 12, 13, 2, 40, 41, 13, 2]
     assert packed.scored.predictors.tolist()[:9] == [2, 3, 4, 5, 6, 4, 7, 8, 9]
     for group in GROUPS:
-        for share in (True, False):
-            assert packed_size(group, share=share) == pack([group], CPU, share=share).input_ids.shape[1]
+        assert packed_size(group) == pack([group], CPU).input_ids.shape[1]
     even = pack(GROUPS, CPU, even=True)
     assert even.input_ids.shape == (1, 128)
     assert even.segments[-1] == Segment(packed_total := sum(map(packed_size, GROUPS)), 128)
     assert even.scored.predictors.max() < packed_total
     assert not even.position_ids[0, packed_total:].any()  # within any model's table of positions
-    alone = pack(GROUPS, CPU, share=False)
-    assert all(segment.parent == ROOT for segment in alone.segments)
     assert pad(GROUPS[:1], PAD, CPU).input_ids.tolist()[0] == [5, 6, 7, 10, 11, 12, 13, 2, PAD]
 
 
@@ -289,7 +284,7 @@ def test_a_model_that_packs_wrongly_is_found_out_and_laid_out_densely(monkeypatc
         return segment_attention(*args, segments=[Segment(0, segments[-1].stop)], **words)
 
     transformers.AttentionInterface.register("leaking", leaking)
-    monkeypatch.setattr(attention, "NAME", "leaking")
+    monkeypatch.setitem(attention.FUNCTIONS, "segments", "leaking")
     scorer, words = checked("segments", build("llama"), GROUPS, PAD, CPU)
     assert scorer.kind == "dense"
     assert "nats per token" in words

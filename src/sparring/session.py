@@ -63,7 +63,7 @@ class Session:
         """Read data, then the model; every fault in them is found here."""
         self.config, self.journal, self.bars, self.world = config, journal, bars, world
         self.method: Method = config.method
-        device = policy.pick_device(config.model.device)
+        device = policy.pick_device(config.model, model)
         judging: dict[str, Any] = {"world": world, "tick": bars.moved, "say": self._say, "given": judge}
         judging["spent"] = journal.spent_on_judging()
         later = judge is None and config.judging.judge == "policy"  # which is not there yet

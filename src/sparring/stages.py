@@ -137,7 +137,7 @@ def writing(config: Config, chat: Chat, folder: Path, bars: Bars) -> Iterator[Wr
                 "server: " + ", ".join(f"{what} {count:,}" for what, count in writer.tally.items() if count), "dim"
             )
         return
-    model = policy.load_model(config.model, policy.pick_device(config.model.device), computed_in(config)).eval()
+    model = policy.load_model(config.model, policy.pick_device(config.model), computed_in(config)).eval()
     yield LocalWriter(
         lambda: contextlib.nullcontext(model),
         source=lambda: name,
@@ -157,7 +157,7 @@ def rank_responses(config: Config, bars: Bars) -> Path:
     files = shards_of(keys.responses, "responses")
     ledger = Journal(folder)
     about: dict[str, Any] = {"tick": bars.moved, "say": bars.say, "spent": ledger.spent_on_judging()}
-    judge = make_judge(config, policy.pick_device(config.model.device), **about)
+    judge = make_judge(config, policy.pick_device(config.model), **about)
     if not isinstance(judge, Bench):
         raise ValueError("no judge: add --judge (verifier, reward_model, pairrm, llm, human)")
     told = keys.comparisons_per_response, keys.swiss_turns

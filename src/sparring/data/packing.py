@@ -95,10 +95,8 @@ def common_prefix(responses: Sequence[Tokens]) -> int:
     return length
 
 
-def packed_size(group: Group, *, share: bool = True) -> int:
+def packed_size(group: Group) -> int:
     """Tokens that ``group`` takes in the packed layout."""
-    if not share:
-        return sum(len(group.prompt) + len(response) - 1 for response in group.responses)
     shared = common_prefix(group.responses)
     own = sum(max(0, len(response) - shared - 1) for response in group.responses)
     ends = all(len(response) == shared for response in group.responses)
@@ -110,8 +108,8 @@ def padded_size(group: Group) -> int:
     return len(group.responses) * (len(group.prompt) + max(map(len, group.responses)))
 
 
-def pack(groups: Sequence[Group], device: torch.device, *, share: bool = True, even: bool = False) -> Packed:
-    """``groups`` in one row; without ``share`` every response has its prompt to itself.
+def pack(groups: Sequence[Group], device: torch.device, *, even: bool = False) -> Packed:
+    """``groups`` in one row.
 
     ``even``: with a filler at the end that nothing looks at, so that rows come in few lengths and what is compiled for a length
     is used again: eight of them in each octave, from 128 on.
@@ -130,23 +128,21 @@ def pack(groups: Sequence[Group], device: torch.device, *, share: bool = True, e
         place += len(piece)
 
     for group in groups:
-        parts = [group.responses] if share else [[response] for response in group.responses]
-        for responses in parts:
-            shared = common_prefix(responses)
-            trunk = group.prompt + responses[0][:shared]
-            start = place
-            last = all(len(response) == shared for response in responses)
-            put(trunk[: len(trunk) - last], 0, ROOT)
-            parent = len(segments) - 1
-            first_shared = marks.tokens(start + len(group.prompt) - 1, responses[0][:shared])
-            for response in responses:
-                own = response[shared:]
-                first_own = marks.tokens(place - 1, own)
-                if own:
-                    marks.predictors[first_own] = start + len(trunk) - 1
-                marks.response(shared, first_shared, first_own, len(response))
-                if len(own) > 1:
-                    put(own[:-1], len(trunk), parent)
+        shared = common_prefix(group.responses)
+        trunk = group.prompt + group.responses[0][:shared]
+        start = place
+        last = all(len(response) == shared for response in group.responses)
+        put(trunk[: len(trunk) - last], 0, ROOT)
+        parent = len(segments) - 1
+        first_shared = marks.tokens(start + len(group.prompt) - 1, group.responses[0][:shared])
+        for response in group.responses:
+            own = response[shared:]
+            first_own = marks.tokens(place - 1, own)
+            if own:
+                marks.predictors[first_own] = start + len(trunk) - 1
+            marks.response(shared, first_shared, first_own, len(response))
+            if len(own) > 1:
+                put(own[:-1], len(trunk), parent)
         marks.group()
     if even:
         step = max(128, (1 << (place.bit_length() - 1)) // 8)

@@ -77,7 +77,7 @@ def agreement(config: Config, bars: Bars) -> Agreement:
     keys = config.method
     if not keys.pairs:
         raise ValueError("pairs is missing: name a file with prompt, chosen and rejected")
-    judge = make_judge(config, policy.pick_device(config.model.device), tick=bars.moved, say=bars.say)
+    judge = make_judge(config, policy.pick_device(config.model), tick=bars.moved, say=bars.say)
     if isinstance(judge, NoJudge):
         raise ValueError("no judge: add --judge (verifier, reward_model, pairrm, llm, human)")
     found = list(comparisons(list(_first(keys.pairs, keys.max_pairs)), Seeds(keys.seed)))

@@ -21,6 +21,7 @@ from sparring.methods.base import Request, Sampling
 from sparring.model import policy
 from sparring.model.attention import kind_for
 from sparring.model.logps import checked
+from sparring.model.start import computed_in
 from sparring.records import Prompt
 from sparring.seeds import Seeds
 
@@ -107,10 +108,10 @@ def evaluate(
 
 
 def load_and_evaluate(
-    config: Config, prompts: Sequence[Prompt], chat: Chat, verify: Verifier | None, **options: Any
+    config: Config, device: torch.device, prompts: Sequence[Prompt], chat: Chat, verify: Verifier | None, **options: Any
 ) -> HeldOut:
-    """Evaluate the model that ``config`` names."""
-    model = policy.load_model(config.model, policy.pick_device(config.model.device))
+    """Evaluate the model that ``config`` names, on ``device`` in the precision that it names."""
+    model = policy.load_model(config.model, device, computed_in(config))
     policy.check_vocabulary(chat.tokenizer, model)
     return evaluate(model, chat, prompts, config.method, verify, **options)
 

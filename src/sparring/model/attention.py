@@ -1,7 +1,7 @@
 """Attention over a packed row: every token sees its own segment up to itself, and the whole of the segment before it.
 
 How it is computed depends on the machine: ``segments`` here, block by block (CPU); ``flex``, FlexAttention with a block mask
-(CUDA); ``varlen``, FlashAttention's own packing by positions, without shared prefixes. ``dense`` is no packing at all.
+(CUDA); FlashAttention, under its version's name, where that is asked for. ``dense`` is no packing at all.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -17,10 +17,12 @@ from transformers import AttentionInterface
 
 from sparring.data.packing import ROOT, Packed, Segment
 from sparring.model.compiling import allow
+from sparring.model.flash import NAMES, sequences
 from sparring.transfer import moved
 
-Kind = Literal["segments", "flex", "varlen", "dense"]
+Kind = Literal["segments", "flex", "flash_attention_2", "flash_attention_3", "dense"]
 NAME = "sparring_segments"
+FUNCTIONS = {"segments": NAME, "flex": "flex_attention", **NAMES}  # by which models attend, as transformers knows them
 SHAPES = 64  # lengths of rows that FlexAttention is compiled for, before it would fall back to dense scores
 LAYERS = {"full_attention", "sliding_attention"}  # the types of layers that can be packed
 ROWS = 256  # queries in one block: keys after a block's end are never touched
@@ -28,8 +30,8 @@ ROWS = 256  # queries in one block: keys after a block's end are never touched
 
 def kind_for(device: torch.device, attn_implementation: str) -> Kind:
     """The layout to try first on ``device`` under the kernel that transformers would use."""
-    if attn_implementation.startswith("flash_attention"):
-        return "varlen"
+    if attn_implementation in NAMES:
+        return cast("Kind", attn_implementation)
     if attn_implementation == "eager":
         return "dense"
     return "flex" if device.type == "cuda" else "segments"
@@ -38,10 +40,9 @@ def kind_for(device: torch.device, attn_implementation: str) -> Kind:
 @contextlib.contextmanager
 def attending(model: Any, kind: Kind) -> Iterator[None]:
     """Let ``model`` attend as ``kind`` says, for forward and backward passes over packed rows."""
-    names = {"segments": NAME, "flex": "flex_attention"}
     if kind == "flex":
         allow(SHAPES)
-    with implementing(model, names[kind]) if kind in names else contextlib.nullcontext():
+    with implementing(model, FUNCTIONS[kind]) if kind in FUNCTIONS else contextlib.nullcontext():
         yield
 
 
@@ -67,12 +68,15 @@ def inputs(model: Any, packed: Packed, kind: Kind) -> dict[str, Any]:
     if strange:
         raise NotImplementedError(f"layers of {', '.join(sorted(strange))}")
     words: dict[str, Any] = {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "use_cache": False}
-    if kind == "segments":
-        # A mask of four dimensions is taken as it is, so none is made; ours is in the segments.
-        return words | {"attention_mask": packed.input_ids.new_ones(1, 1, 1, 1), "segments": packed.segments}
+    if kind == "dense":
+        return words
     if kind == "flex":
         return words | {"attention_mask": _flex_masks(model, packed)}
-    return words
+    # A mask of four dimensions is taken as it is, so none is made; ours is in the segments.
+    words["attention_mask"] = packed.input_ids.new_ones(1, 1, 1, 1)
+    if kind == "segments":
+        return words | {"segments": packed.segments}
+    return words | {"sequences": sequences(packed.segments, packed.input_ids.device)}
 
 
 def segment_attention(

@@ -26,7 +26,7 @@ class Scorer:
 
     def size(self, group: Group) -> int:
         """Tokens that ``group`` takes of a micro-batch's budget."""
-        return padded_size(group) if self.kind == "dense" else packed_size(group, share=self.kind != "varlen")
+        return padded_size(group) if self.kind == "dense" else packed_size(group)
 
     def cut(self, groups: Sequence[Group], budget: int) -> list[list[int]]:
         """Micro-batches of ``groups``, as their places."""
@@ -87,7 +87,7 @@ class Scorer:
             torch.autograd.grad(hidden.float().sum(), states)
 
     def _pack(self, groups: Sequence[Group]) -> Packed:
-        return pack(groups, self.device, share=self.kind != "varlen", even=self.kind == "flex")
+        return pack(groups, self.device, even=self.kind == "flex")
 
     def _hidden(self, model: Any, packed: Packed) -> Tensor:
         """Final hidden states at the positions that predict the scored tokens, [N, H]."""
@@ -135,7 +135,7 @@ def checked(
         mine, theirs = scorer.sums(model, shortest, spans)[:, 1], dense.sums(model, shortest, spans)[:, 1]
         lengths = torch.tensor([len(r) for g in shortest for r in g.responses], device=device)
         error = float(((mine - theirs).abs() / lengths).max())
-        if learns and kind == "flex":
+        if learns and kind != "segments":
             scorer.differentiate(model, shortest)
     except torch.OutOfMemoryError:
         raise
@@ -146,8 +146,7 @@ def checked(
     limit = 1e-3 if dtype == torch.float32 and device.type == "cpu" else 5e-2
     if not error <= limit:
         return dense, f"dense layout, since packed ({kind}) log-probs are off by {error:.2g} nats per token"
-    shares = "" if kind == "varlen" else ", common prefixes once"
-    return scorer, f"packed layout ({kind}{shares}), within {error:.1g} nats per token of the dense one"
+    return scorer, f"packed layout ({kind}, common prefixes once), within {error:.1g} nats per token of the dense one"
 
 
 def unwrapped(model: Any) -> Any:

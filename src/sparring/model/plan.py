@@ -140,8 +140,7 @@ def with_budget(
     ValueError where auto finds none that fits, or the longest pair does not go into the budget that somebody chose; for memory's
     sake that is never refused.
     """
-    share = kind_for(device, config.model.attn_implementation) != "varlen"
-    lengths = lengths_of(prompts, config.method, max_length, share=share)
+    lengths = lengths_of(prompts, config.method, max_length)
     budget, chosen = config.training.max_tokens_per_micro_batch, saturated(device, lengths)
     auto = budget == "auto"
     if budget != "auto" and budget < lengths.pair:
@@ -178,9 +177,7 @@ def expected(config: Config, about: PretrainedConfig) -> Lengths:
     return lengths_of((), config.method, longest := min(config.data.max_length, limit), longest)
 
 
-def lengths_of(
-    prompts: Sequence[Prompt], method: Method, max_length: int, sequence: int = 0, *, share: bool = True
-) -> Lengths:
+def lengths_of(prompts: Sequence[Prompt], method: Method, max_length: int, sequence: int = 0) -> Lengths:
     """The lengths of ``prompts`` under ``method``; a response still to be written may fill ``max_length``."""
     sides, writes, _ = asked(method, 2, max_length)
     given = sides - min(sides, method.written) if writes else sides  # responses of a pair that the data hold
@@ -201,7 +198,7 @@ def lengths_of(
         return Lengths(
             sequence, pair, f"row {row}, whose pair may have {pair} tokens, the one to be written up to max_length"
         )
-    pair, row = max((packed_size(Group(p.token_ids, known[p.id]), share=share), p.id) for p in prompts)
+    pair, row = max((packed_size(Group(p.token_ids, known[p.id])), p.id) for p in prompts)
     return Lengths(sequence, pair, f"row {row}, whose pair has {pair} tokens")
 
 

@@ -18,6 +18,7 @@ from sparring.config import ModelConfig
 from sparring.data.chat import Chat
 from sparring.model import gated, linear, norm
 from sparring.model.adapter_folder import find_adapter
+from sparring.model.flash import check_flash, masters_loaded
 from sparring.records import Prompt
 
 
@@ -37,18 +38,21 @@ def load_model(config: ModelConfig, device: torch.device, dtype: torch.dtype = t
         return prepared(adapter.merged(load_model(adapter.base, device, dtype)))
     where = _found(config)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            where,
-            revision=config.model_revision,
-            dtype=dtype,
-            attn_implementation=config.attn_implementation,
-            trust_remote_code=config.trust_remote_code,
-            use_safetensors=True,
-        )
+        with masters_loaded():
+            model = AutoModelForCausalLM.from_pretrained(
+                where,
+                revision=config.model_revision,
+                dtype=dtype,
+                attn_implementation=config.attn_implementation,
+                trust_remote_code=config.trust_remote_code,
+                use_safetensors=True,
+            )
     except OSError as problem:
         raise ValueError(
             f"{config.model_name_or_path} has no weights in safetensors ({problem}): convert them; pickled weights are never read"
         ) from problem
+    except ImportError as problem:  # its own code, or the attention that is asked for, needs a package
+        raise ValueError(f"{config.model_name_or_path} cannot be loaded here: {problem}") from problem
     placed: Any = model
     return prepared(placed.to(device))
 
@@ -173,8 +177,12 @@ def room(about: Any, prompts: Sequence[Prompt], max_length: int) -> int:
     return min(max_length, limit)
 
 
-def pick_device(name: str) -> torch.device:
-    """The device that ``auto``, ``cpu`` or ``cuda:1`` names; ValueError where this machine lacks it."""
+def pick_device(config: ModelConfig, model: Any = None) -> torch.device:
+    """The device that ``auto``, ``cpu`` or ``cuda:1`` names; ValueError where it is not here, or cannot attend so.
+
+    ``model`` is a model object, which says itself how it attends.
+    """
+    name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -188,6 +196,8 @@ def pick_device(name: str) -> torch.device:
         )
     if device.type == "cuda" and (device.index or 0) >= count:
         raise ValueError(f"device is {name!r}, and there are {count}, numbered from 0: use cuda:{count - 1}")
+    how = config.attn_implementation if model is None else model.config._attn_implementation
+    check_flash(how, device, config.dtype)
     return device
 
 

@@ -25,6 +25,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache,
 from sparring.config import AdapterConfig, ModelConfig
 from sparring.data.packing import Group, Packed, Padded, pack, packed_size, pad
 from sparring.model.attention import ROWS, Kind, attending, inputs
+from sparring.model.flash import NAMES, laid, sequences
 from sparring.model.head import CACHED, KEPT, WIDE, gradient
 from sparring.model.logps import padded_logps
 from sparring.model.policy import prepared
@@ -60,9 +61,9 @@ class Shape:
     adapter: AdapterConfig | None = None
 
     @property
-    def computes(self) -> Kind:
-        """Which attention is gone through: PyTorch's kernel on segments itself, else what :class:`_StandIn` says of ours."""
-        return "segments" if self.kind == "segments" and self.dtype == torch.float32 else "varlen"
+    def by_kernel(self) -> bool:
+        """Whether PyTorch's kernel on segments is gone through, and not what :class:`_StandIn` says of attention."""
+        return self.kind == "segments" and self.dtype == torch.float32
 
 
 class Live(TorchDispatchMode):
@@ -99,8 +100,9 @@ def passes(shape: Shape, budget: int) -> Passes:
     with _model(shape) as worker:
         layout = _fake(whole)
         if shape.kind != "dense":
-            _let_stand_in(worker, shape)
-        with Live([*worker.parameters(), *worker.buffers()]) as live, attending(worker, shape.computes):
+            _let_stand_in(worker, shape, layout)
+        how: Kind = "segments" if shape.by_kernel else "dense"
+        with Live([*worker.parameters(), *worker.buffers()]) as live, attending(worker, how):
             with torch.no_grad():
                 _head(worker.eval(), _forward(shape, worker, layout), learns=False)
             glance, peaks, kept = live.since(), [], 0
@@ -186,9 +188,11 @@ def adapted(model: Any, config: AdapterConfig) -> Any:
     return with_adapter(model, config, None, ModelConfig(), 0).get_base_model()
 
 
-def _let_stand_in(worker: Any, shape: Shape) -> None:
-    keys = shape.longest if shape.kind == "segments" else 0
-    AttentionInterface.register(STAND_IN, partial(_attention, keys=keys))
+def _let_stand_in(worker: Any, shape: Shape, layout: Any) -> None:
+    keys, seen = shape.longest if shape.kind == "segments" else 0, None
+    if shape.kind in NAMES and (places := sequences(layout.segments, torch.device("cpu")).places) is not None:
+        seen = torch.empty(places.shape, dtype=places.dtype)
+    AttentionInterface.register(STAND_IN, partial(_attention, keys=keys, seen=seen))
     for module in worker.modules():
         if hasattr(module, "config"):
             module.config._attn_implementation = STAND_IN
@@ -198,7 +202,7 @@ def _forward(shape: Shape, worker: Any, layout: Any) -> Tensor:
     """The final hidden states of the tokens that predict, [N, H]; in the dense layout the log-probs, [N]."""
     if isinstance(layout, Padded):
         return padded_logps(worker, layout)
-    words = inputs(worker, layout, shape.computes)
+    words = inputs(worker, layout, "segments" if shape.by_kernel else "dense")
     states: Tensor = worker.base_model(**words).last_hidden_state[0]
     return states[layout.scored.predictors]
 
@@ -228,10 +232,9 @@ def _layout(shape: Shape, budget: int) -> Packed | Padded:
     cpu, sides, longest = torch.device("cpu"), shape.sides, shape.longest
     if shape.kind == "dense":
         return pad([_group(longest, sides)] * max(1, budget // (sides * longest)), 0, cpu)
-    share = shape.kind != "varlen"
-    size = packed_size(_group(longest, sides), share=share)
+    size = packed_size(_group(longest, sides))
     count = min(GROUPS, max(1, budget // size))
-    return pack([_group(max(2, budget * longest // (size * count)), sides)] * count, cpu, share=share)
+    return pack([_group(max(2, budget * longest // (size * count)), sides)] * count, cpu)
 
 
 def _group(longest: int, sides: int) -> Group:
@@ -280,10 +283,13 @@ def _scores(query: Tensor, keys: int, times: int) -> list[Tensor]:
 
 
 def _attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *, keys: int, **others: Any
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *, keys: int, seen: Tensor | None, **others: Any
 ) -> tuple[Tensor, None]:
     """[1, H, T, D] -> [1, T, H, D]; ``keys`` above 0: scores of so many at a time, as :class:`Blocks` has them, else none.
 
-    FlexAttention and FlashAttention keep query, key, value, the output and a float32 for each head and token.
+    FlexAttention and FlashAttention keep query, key, value, the output and a float32 for each head and token; the latter
+    keys and values at the places that are ``seen``.
     """
+    if seen is not None:
+        key, value = laid(key, seen), laid(value, seen)
     return _StandIn.apply(query, key, value, keys).transpose(1, 2).contiguous(), None  # type: ignore[no-untyped-call]

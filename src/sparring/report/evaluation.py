@@ -24,6 +24,7 @@ from sparring.report.terminal import safe
 def evaluation_report(config: Config, *, quiet: bool = False) -> RenderableType:
     """Evaluate the model of ``config`` on its data set, and show what was found."""
     verify = load_verifier(config.method.verifier) if config.method.verifier else None
+    device = policy.pick_device(config.model)
     chat = policy.load_chat(config.model)
     loaded = load(config.data, chat, need="responses")
     bars = Bars(quiet)
@@ -34,7 +35,7 @@ def evaluation_report(config: Config, *, quiet: bool = False) -> RenderableType:
         keys = config.generation
         options: dict[str, Any] = {"batch_size": keys.generation_batch_size, "cache": keys.cache_implementation}
         options |= {"tick": tick, "say": lambda text: bars.say(text, "dim")}
-        result = load_and_evaluate(config, loaded.prompts, chat, verify, **options)
+        result = load_and_evaluate(config, device, loaded.prompts, chat, verify, **options)
     return evaluation_view(config.model.model_name_or_path, result, config.method.show)
 
 

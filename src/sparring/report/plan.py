@@ -24,7 +24,7 @@ PHASES: dict[Phase, str] = {
 def plan_of(config: Config, processes: int = 1) -> Plan:
     """The plan of one of the run's ``processes``, from the model's own configuration alone; ValueError where there can be none."""
     policy.check_causal(config.model)
-    about, device = policy.configuration(config.model), policy.pick_device(config.model.device)
+    about, device = policy.configuration(config.model), policy.pick_device(config.model)
     try:
         return fitting(config, about, device, expected(config, about), processes=processes)
     except NotImplementedError as problem:
