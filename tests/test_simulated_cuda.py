@@ -20,15 +20,15 @@ FILES = [  # of which whole runs, and judges, are on the device that auto then f
 ]
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_these_pass_where_there_is_a_simulated_device(file: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("file", "devices"), [*((file, 1) for file in FILES), ("test_two_processes.py", 2)])
+def test_these_pass_where_there_are_simulated_devices(file: str, devices: int, tmp_path: Path) -> None:
     words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'tests'}", str(TESTS / file)]
     # The plain form of FlexAttention, which it is computed by without a compiler, warns of itself.
     quiet = ["-W", "ignore:flex_attention called without torch.compile:UserWarning"]
     path = f"{TESTS / 'simulated'}:{TESTS.parent / 'src'}"
     done = subprocess.run(
         [sys.executable, *words, *quiet],
-        env=os.environ | {"SIMCUDA": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"SIMCUDA": "1", "SIMCUDA_DEVICES": str(devices), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         cwd=TESTS.parent,
         capture_output=True,
         text=True,

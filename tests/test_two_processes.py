@@ -15,7 +15,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from small import tiny_llama
 from toyrun import toy_folder, write_rows
-from two import CASES, METHODS, play
+from two import CASES, DEVICE, METHODS, play
 
 from sparring.checkpoint import found
 from sparring.model.parallel import ALONE, World, _launched, gathered, joined, shard
@@ -38,7 +38,7 @@ KEYS = {
     "reference_every": 3,
     "buffer_size": 20,
     "generate_ahead": 2,
-    "device": "cpu",
+    "device": DEVICE.type,
 }
 
 
@@ -119,7 +119,7 @@ import os
 from sparring.cli import command
 from sparring.model import compiling
 
-compiling.MEASURED = {"cpu"}
+compiling.MEASURED = {"cpu", "cuda"}
 compiling.fastest = lambda what, ways, device, say: "static" if os.environ["RANK"] in os.environ["STATIC"] else "dynamic"
 command()
 """
@@ -253,7 +253,7 @@ def test_rounds_with_a_judge_are_played_by_two_processes_as_by_one(
         "report_to": "none",
         "eval_dataset_name": inputs[1],
         "eval_max_samples": 5,
-        "device": "cpu",
+        "device": DEVICE.type,
     }
     extra = (
         {"verifier": f"{tmp_path / 'check.py'}:score"}

@@ -23,6 +23,7 @@ from sparring.model.parallel import World, joined, whole
 from sparring.model.roles import Role, Roles
 from sparring.records import tokens
 
+DEVICE = torch.device("cuda" if torch.cuda.device_count() > 1 else "cpu")
 PAIRS = [
     pair([5, 6, 7], [10, 11, 12, 2], [10, 11, 40, 41, 2]),
     pair([8, 9], [20, 21, 2], [22, 2]),
@@ -59,7 +60,7 @@ def written(roles: Roles, world: World, cache: CacheKind) -> torch.Tensor:
             batch_size=2,
             cache=cache,
         )
-        writer = SharedWriter(alone, world, torch.device("cpu"))
+        writer = SharedWriter(alone, world, DEVICE)
         for sampling in WAYS.values():
             asked = [Request(tokens(ids), 12, seed) for seed, ids in enumerate(PROMPTS)]
             rows += [[*w.token_ids, *[-1] * (12 - len(w.token_ids))] for w in writer.write(asked, sampling)]
@@ -72,12 +73,15 @@ def play(name: str, world: World, dtype: torch.dtype = torch.float32, **keys: An
     shape = {"num_key_value_heads": 1, "tie_word_embeddings": keys.pop("tied", True)}
     parts: dict[str, Any] = {"ema_decay": 0.5, "reference": True, "dtype": dtype, "world": world}
     if keys.pop("lora", False):
-        start = with_adapter(tiny_llama(**shape), AdapterConfig(use_peft=True, lora_r=4), None, ModelConfig(), 7)
+        start = with_adapter(
+            tiny_llama(**shape).to(DEVICE), AdapterConfig(use_peft=True, lora_r=4), None, ModelConfig(), 7
+        )
         roles: Roles = AdapterRoles(start, moving=True, adapted=False, **parts)
     else:
         with torch.device("cpu" if world.main else "meta"):
             start = tiny_llama(**shape)
-        roles = Roles(start, device=torch.device("cpu"), **parts)
+        start = start.to(DEVICE) if world.size == 1 else start
+        roles = Roles(start, device=DEVICE, **parts)
     pieces.LEAST = 1  # the batches are small, and what is compiled is to be used
     # AdamW makes a step of a gradient that is all but 0, and of its rounding: of one in a hundred thousandth of the others', say.
     keys = {"adam_epsilon": 1e-6} | keys
@@ -92,13 +96,13 @@ def play(name: str, world: World, dtype: torch.dtype = torch.float32, **keys: An
             roles.refresh_reference("ema")
     tensors = {"figures": torch.tensor(figures), "written": written(roles, world, cache)}
     for role, model in roles.kept().items():
-        tensors |= {f"{role}/{key}": value.clone() for key, value in whole(model, world).items()}
+        tensors |= {f"{role}/{key}": value.clone().cpu() for key, value in whole(model, world).items()}
     return tensors
 
 
 if __name__ == "__main__":
     out = Path(sys.argv[1])
-    with joined("cpu") as world:
+    with joined(DEVICE.type) as world:
         for name in METHODS:
             for case, keys in CASES.items():
                 found = play(name, world, **keys)

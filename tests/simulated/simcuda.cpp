@@ -1,4 +1,4 @@
-// A CUDA device that is none: tensors say cuda:0, lie in the host's memory and are computed by PyTorch's CPU kernels.
+// A CUDA device that is none: tensors say cuda, lie in the host's memory and are computed by PyTorch's CPU kernels.
 // Every operation is checked for tensors of another device, counted, and recorded into a graph; one that waits is told.
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
@@ -20,7 +20,10 @@ REGISTER_CUDA_DISPATCH(_fused_sdp_choice_stub, &plain_attention)
 }  // namespace at::native
 
 namespace {
-const Device CUDA(DeviceType::CUDA, 0), CPU(DeviceType::CPU);
+int number(const char* name, int otherwise) { return std::getenv(name) ? std::atoi(std::getenv(name)) : otherwise; }
+
+const int COUNT = number("SIMCUDA_DEVICES", 1);  // of which each process of a job has its own
+const Device CUDA(DeviceType::CUDA, COUNT > 1 ? number("LOCAL_RANK", 0) : 0), CPU(DeviceType::CPU);
 thread_local Stream stream(Stream::DEFAULT, CUDA);
 std::atomic<int64_t> live{0}, peak{0}, launches{0};  // bytes, bytes, kernels
 py::function* listener = nullptr;                    // is told the name of what the host waits for
@@ -33,7 +36,9 @@ void waits(const string& name) {
   (*listener)(name);
 }
 
-void check(Device device) { TORCH_CHECK(device.index() <= 0, "CUDA error: invalid device ordinal"); }
+void check(Device device) {
+  TORCH_CHECK(device.index() < 0 || device.index() == CUDA.index(), "CUDA error: ", device, " is another process's");
+}
 
 struct Guard final : c10::impl::DeviceGuardImplInterface {
   DeviceType type() const override { return DeviceType::CUDA; }
@@ -48,7 +53,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   void block(void*, const Stream&) const override {}
   bool queryEvent(void*) const override { return true; }
   void synchronizeEvent(void*) const override { waits("event"); }
-  DeviceIndex deviceCount() const noexcept override { return 1; }
+  DeviceIndex deviceCount() const noexcept override { return COUNT; }
 };
 C10_REGISTER_GUARD_IMPL(CUDA, Guard)
 
@@ -82,9 +87,9 @@ struct Hooks final : at::CUDAHooksInterface {
   bool isAvailable() const override { return true; }
   bool hasCUDA() const override { return true; }
   bool hasPrimaryContext(DeviceIndex) const override { return true; }
-  DeviceIndex deviceCount() const override { return 1; }
-  DeviceIndex current_device() const override { return 0; }
-  DeviceIndex getCurrentDevice() const override { return 0; }
+  DeviceIndex deviceCount() const override { return COUNT; }
+  DeviceIndex current_device() const override { return CUDA.index(); }
+  DeviceIndex getCurrentDevice() const override { return CUDA.index(); }
   c10::Allocator* getPinnedMemoryAllocator() const override { return c10::GetAllocator(DeviceType::CPU); }
   const at::Generator& getDefaultGenerator(DeviceIndex) const override {
     static const auto made = at::make_generator<Generator>();
@@ -218,7 +223,7 @@ Tensor empty_strided(c10::SymIntArrayRef size, c10::SymIntArrayRef stride, optio
 }
 
 Tensor& set_at(Tensor& self, Storage source, c10::SymInt offset, c10::SymIntArrayRef size, c10::SymIntArrayRef stride) {
-  TORCH_CHECK(source.device() == CUDA, "Attempted to set the storage of a tensor on cuda:0 to one on the CPU");
+  TORCH_CHECK(source.device() == CUDA, "Attempted to set the storage of a tensor on CUDA to one on the CPU");
   auto* made = self.unsafeGetTensorImpl();
   made->set_storage_keep_dtype(std::move(source));
   made->set_sizes_and_strides(C10_AS_INTARRAYREF_SLOW(size), C10_AS_INTARRAYREF_SLOW(stride), offset.expect_int());
@@ -254,6 +259,13 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("_local_scalar_dense", local_scalar_dense);
 }
 
+// What processes send each other, they send by the CPU's backend.
+TORCH_LIBRARY_IMPL(c10d, CUDA, m) {
+  for (auto name : {"allreduce_", "allreduce_coalesced_", "broadcast_", "_allgather_base_", "_reduce_scatter_base_",
+                    "allgather_into_tensor_coalesced_", "reduce_scatter_tensor_coalesced_", "barrier"})
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&fallback>());
+}
+
 struct Graph {
   std::vector<std::function<void()>> steps;
 };
@@ -269,6 +281,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("launches", [] { return launches.load(); });
   m.def("memory", [] { return std::make_pair(live.load(), peak.load()); });
   m.def("reset_peak", [] { peak = live.load(); });
+  m.def("resize", [](Storage storage, size_t size) {
+    Storage host(Storage::use_byte_size_t(), size, c10::GetAllocator(DeviceType::CPU), true);
+    if (const size_t kept = std::min(size, storage.nbytes())) std::memcpy(host.mutable_data(), storage.data(), kept);
+    storage.set_data_ptr_noswap(owning(host));
+    storage.set_nbytes(size);
+  });
   py::class_<Graph>(m, "Graph")
       .def(py::init<>())
       .def("record", [](Graph& graph, bool on) { recording = on ? &graph.steps : nullptr; })

@@ -20,9 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed
 
 HERE, TOTAL = Path(__file__).parent, int(os.environ.get("SIMCUDA_MEMORY", 2**34))  # bytes that the device has
 WATCHED = os.environ.get("SIMCUDA_WATCH", "/sparring/")  # in the path of code whose lines waits are counted by
+
+COUNT = int(os.environ.get("SIMCUDA_DEVICES", 1))
+OWN = int(os.environ.get("LOCAL_RANK", 0)) if COUNT > 1 else 0  # each process of a job has its own
 
 waits: collections.Counter[tuple[str, str]] = collections.Counter()  # (operation, place in the code)
 mode = "default"  # of set_sync_debug_mode
@@ -90,10 +94,10 @@ def patch(core: Any) -> None:
     stream, random = Stream(), core.generator()
     allocated, most = (lambda *given: core.memory()[0]), (lambda *given: core.memory()[1])
     answers = {
-        "is_available": True, "device_count": 1, "current_device": 0, "is_initialized": True, "is_bf16_supported": True,
+        "is_available": True, "device_count": COUNT, "current_device": OWN, "is_initialized": True, "is_bf16_supported": True,
         "get_device_name": "simulated", "get_device_capability": (9, 0), "current_stream": stream,
-        "get_device_properties": types.SimpleNamespace(**about), "_is_in_bad_fork": False, "_exchange_device": 0,
-        "_maybe_exchange_device": 0, "is_current_stream_capturing": False,
+        "get_device_properties": types.SimpleNamespace(**about), "_is_in_bad_fork": False, "_exchange_device": OWN,
+        "_maybe_exchange_device": OWN, "is_current_stream_capturing": False,
     }  # fmt: skip
     nothing = ("_lazy_init", "init", "empty_cache", "set_device", "_lazy_call", "ipc_collect")
     for name, answer in (answers | dict.fromkeys(nothing)).items():
@@ -106,22 +110,51 @@ def patch(core: Any) -> None:
     cuda.get_rng_state = lambda *given: random.get_state()
     cuda.set_rng_state = lambda state, *given: random.set_state(state)
     cuda.manual_seed = cuda.manual_seed_all = random.manual_seed
-    cuda.default_generators, cuda._initialized = (random,), True
+    cuda.default_generators, cuda._initialized = (random,) * COUNT, True
     cuda.stream = cuda.device = lambda *given, **more: contextlib.nullcontext()
-    cuda.CUDAGraph, cuda.graph, cuda.Stream = core.Graph, recorded, Stream
+    cuda.CUDAGraph, cuda.graph, cuda.Stream, cuda.Event = core.Graph, recorded, Stream, Event
     torch._C._cuda_getCurrentRawStream = lambda device: 0  # type: ignore[attr-defined]
     torch.compile, clone = compiled, torch.UntypedStorage.clone
+    resize = torch.UntypedStorage.resize_
+    torch.UntypedStorage.resize_ = lambda storage, size: (
+        resize(storage, size) if storage.device.type == "cpu" else core.resize(storage, size) or storage
+    )
+    dist: Any = torch.distributed
+    dist.init_process_group = functools.partial(initialised, begin=dist.init_process_group)
     torch.UntypedStorage.clone = lambda storage: clone(storage) if storage.device.type == "cpu" else copied(storage)
 
 
 class Stream:
-    """One of many that are one."""
+    """One of many that are one: what was launched on any of them is done."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        self.device = torch.device("cuda", 0)
+        self.device = torch.device("cuda", OWN)
 
     def wait_stream(self, other: Any) -> None:
-        """What was launched there is done."""
+        """Nothing to wait for."""
+
+    def wait_event(self, event: Any) -> None:
+        """Nothing to wait for."""
+
+    def record_event(self, event: Any = None) -> Any:
+        """What has happened already."""
+        return event or Event()
+
+
+class Event:
+    """What has happened already."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        pass
+
+    def record(self, stream: Any = None) -> None:
+        """Nothing to mark."""
+
+
+def initialised(backend: str, *args: Any, begin: Any = None, **options: Any) -> None:
+    """As ``init_process_group``, with gloo in NCCL's place, which takes its name for what asks."""
+    begin(backend.replace("nccl", "gloo"), *args, **options)
+    torch.distributed.get_backend_config = lambda group=None: backend  # type: ignore[assignment]
 
 
 def debug(wanted: Any) -> None:
