@@ -226,6 +226,40 @@ def test_the_launchers_environments_are_read() -> None:
         assert world is ALONE
 
 
+@pytest.mark.parametrize(
+    ("launcher", "local_rank", "devices", "found"),
+    [
+        ("srun", 1, 8, 1),
+        ("srun", 3, 1, 0),  # --gpus-per-task 1: each task is shown its own device alone
+        ("srun", 2, 0, None),
+        ("torchrun", 1, 8, 1),
+        ("torchrun", 3, 1, None),
+    ],
+)
+def test_each_process_takes_its_own_device(
+    launcher: str, local_rank: int, devices: int, found: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+
+    def begin(backend: str, **words: object) -> None:
+        assert backend == "cpu:gloo,cuda:nccl"
+        raise InterruptedError
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(dist, "init_process_group", begin)
+    rank = str(local_rank)
+    names = {
+        "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+        "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    }
+    environment = dict(zip(names[launcher], (rank, "8", rank), strict=True))
+    environment |= {"SLURM_JOB_ID": "7", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1"}
+    with pytest.raises(InterruptedError if found is not None else ValueError), joined("cuda", environment):
+        pass
+    assert taken == ([] if found is None else [found])
+
+
 def test_work_is_dealt_evenly_and_whole() -> None:
     shares = World(0, 3).deal([9, 1, 1, 8, 7, 1, 1])
     assert shares == [[0, 6], [2, 3], [1, 4, 5]]  # 9 and 1; 8 and 1; 7 and two of 1

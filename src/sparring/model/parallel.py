@@ -99,12 +99,15 @@ def joined(device: str, environment: Mapping[str, str] = os.environ) -> Iterator
         )
     cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if cuda:
-        if world.local_rank >= torch.cuda.device_count():
+        number, here = world.local_rank, torch.cuda.device_count()
+        if number >= here and _by_slurm(environment):
+            number = 0  # srun shows each task its own devices alone (--gpus-per-task), and their numbers begin at 0
+        if number >= here:
             raise ValueError(
-                f"process {world.local_rank} of this machine has no CUDA device ({torch.cuda.device_count()} are here): "
+                f"process {number} of this machine has no CUDA device ({here} are here): "
                 "start as many processes as there are devices, or use --device cpu"
             )
-        torch.cuda.set_device(world.local_rank)
+        torch.cuda.set_device(number)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, init_method=meeting, rank=world.rank, world_size=world.size, timeout=TIMEOUT)
     yield world
@@ -249,12 +252,17 @@ def _meeting_device() -> torch.device:
     return torch.device("cuda" if "nccl" in dist.get_backend_config() and torch.cuda.is_available() else "cpu")
 
 
+def _by_slurm(environment: Mapping[str, str]) -> bool:
+    """Whether srun has started this process as one of several; a shell that salloc opened has no such variable."""
+    return int(environment.get("WORLD_SIZE", 1)) == 1 and int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+
+
 def _launched(environment: Mapping[str, str]) -> tuple[World, str] | None:
     """This process's place as its launcher wrote it into the environment, and where the processes meet."""
     if int(environment.get("WORLD_SIZE", 1)) > 1:  # torchrun and accelerate
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         return World(*(int(environment[name]) for name in names)), "env://"
-    if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # srun; a shell that salloc opened has no such variable
+    if _by_slurm(environment):
         names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
         host = environment.get("MASTER_ADDR") or environment["SLURM_LAUNCH_NODE_IPADDR"]
         port = environment.get("MASTER_PORT") or 10000 + int(environment["SLURM_JOB_ID"]) % 20000
