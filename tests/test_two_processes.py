@@ -18,7 +18,7 @@ from toyrun import toy_folder, write_rows
 from two import CASES, DEVICE, METHODS, play
 
 from sparring.checkpoint import found
-from sparring.model.parallel import ALONE, World, _launched, gathered, joined, shard
+from sparring.model.parallel import ALONE, World, gathered, joined, launched, shard
 
 pytestmark = pytest.mark.xdist_group("two processes")  # what two processes make for many tests is made once
 
@@ -95,6 +95,7 @@ def whole_run(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("runs") / "whole"
     done = run(words(*inputs, folder, TORCHRUN))
     assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("finished") == 1
     return folder
 
 
@@ -215,13 +216,13 @@ def _worker(launcher: int, rank: int) -> int:
 
 
 def test_the_launchers_environments_are_read() -> None:
-    assert _launched({}) is None
-    assert _launched({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}) is None
+    assert launched({}) is None
+    assert launched({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}) is None
     torchrun = {"WORLD_SIZE": "8", "RANK": "5", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
-    assert _launched(torchrun) == (World(5, 8, 1), "env://")
+    assert launched(torchrun) == (World(5, 8, 1), "env://")
     slurm = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "70001", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1"}
-    assert _launched(slurm) is None  # a batch script: the job has tasks, this process is none of them
-    assert _launched({**slurm, "SLURM_STEP_NUM_TASKS": "4"}) == (World(3, 4, 1), "tcp://10.0.0.1:20001")
+    assert launched(slurm) is None  # a batch script: the job has tasks, this process is none of them
+    assert launched({**slurm, "SLURM_STEP_NUM_TASKS": "4"}) == (World(3, 4, 1), "tcp://10.0.0.1:20001")
     with joined("cpu", {}) as world:
         assert world is ALONE
 

@@ -141,7 +141,10 @@ def _resume(words: list[str]) -> int:
 
 
 def _ended(run: Any) -> int:
-    console = Console(highlight=False, soft_wrap=True)
+    from sparring.model.parallel import ALONE, launched
+
+    world, _ = launched(os.environ) or (ALONE, "")
+    console = Console(highlight=False, soft_wrap=True, quiet=not world.main)
     if run.state == "finished":
         console.print(f"[bold green]finished[/]  {run.model}")
         return 0
@@ -292,7 +295,3 @@ def _escaped(text: str) -> str:
     from rich.markup import escape
 
     return escape(text)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

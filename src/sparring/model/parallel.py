@@ -88,7 +88,7 @@ def joined(device: str, environment: Mapping[str, str] = os.environ) -> Iterator
 
     Raises ValueError where a machine has fewer CUDA devices than processes.
     """
-    found = _launched(environment)
+    found = launched(environment)
     if found is None or dist.is_initialized():
         yield ALONE if found is None else found[0]
         return
@@ -257,7 +257,7 @@ def _by_slurm(environment: Mapping[str, str]) -> bool:
     return int(environment.get("WORLD_SIZE", 1)) == 1 and int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1
 
 
-def _launched(environment: Mapping[str, str]) -> tuple[World, str] | None:
+def launched(environment: Mapping[str, str]) -> tuple[World, str] | None:
     """This process's place as its launcher wrote it into the environment, and where the processes meet."""
     if int(environment.get("WORLD_SIZE", 1)) > 1:  # torchrun and accelerate
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
