@@ -20,7 +20,7 @@ LAYERS = """
     evaluate.held_out evaluate.agreement probe reference merge writers
     evaluate loop
     results
-    savepoints chronicle
+    savepoints chronicle failures
     session
     run stages
     report annotate demo __init__

@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import yaml
 from toyrun import counting, toy_folder, write_lines, write_rows
 
 from sparring.judges.base import Answers
+from sparring.learner import Learner
 from sparring.methods.base import Comparison, Method
 from sparring.methods.sppo import SPPO
 from sparring.methods.tso import TSO
+from sparring.model import policy
 from sparring.run import resume, train
 
 KEYS: dict[str, Any] = {
@@ -126,3 +130,60 @@ def test_models_are_kept_at_shares_of_what_a_run_of_rounds_really_was(files: dic
     lines = [json.loads(line) for line in metrics(run.folder).decode().splitlines()]
     second = next(line["step"] for line in lines if line.get("round") == 1)  # the first round's last update
     assert steps == [second, lines[-1]["step"]]
+
+
+def test_where_memory_runs_out_it_says_what_to_lower_and_goes_on_with_that(
+    files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {name: value for name, value in files.items() if name != "eval_dataset_name"}
+    keys = KEYS | given | {"max_steps": 6, "save_steps": 2, "max_tokens_per_micro_batch": 512}
+    whole = train("sapo", **keys, output_dir=str(tmp_path / "whole"))
+    update = Learner.update
+
+    def exhausting(learner: Learner, pairs: Any, step: int, *more: Any) -> Any:
+        if step == 3:
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.00 GiB. More words."
+            )
+        return update(learner, pairs, step, *more)
+
+    monkeypatch.setattr(Learner, "update", exhausting)
+    folder = tmp_path / "exhausted"
+    told = (
+        r"memory ran out \(CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.00 GiB\): lower "
+        r"max_tokens_per_micro_batch \(512\), generation_batch_size \(64\), or give gradient_checkpointing true; `sparring resume"
+    )
+    with pytest.raises(OSError, match=told):
+        train("sapo", **keys, output_dir=str(folder))
+    assert "lower max_tokens_per_micro_batch" in json.loads((folder / "status.json").read_text())["message"]
+    monkeypatch.undo()
+    with pytest.raises(
+        ValueError, match="resume cannot change learning_rate: it would no longer be the run that began"
+    ):
+        resume(folder, quiet=True, learning_rate=1.0)
+    with pytest.raises(ValueError, match="resume cannot change micro_batch: there is no such key"):
+        resume(folder, quiet=True, micro_batch=128)
+    run = resume(folder, quiet=True, max_tokens_per_micro_batch="128", gradient_checkpointing=True)
+    assert run.state == "finished"
+    written = yaml.safe_load((folder / "config.yaml").read_text())
+    before = yaml.safe_load((whole.folder / "config.yaml").read_text())
+    changed = {name for name in before if written[name] != before[name]}
+    assert changed == {"max_tokens_per_micro_batch", "gradient_checkpointing", "output_dir"}
+    ours, theirs = (
+        [line["loss"] for line in map(json.loads, metrics(each).splitlines()) if "loss" in line]
+        for each in (folder, whole.folder)
+    )
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert len(ours) == 6
+
+
+def test_memory_that_runs_out_before_anything_is_trained_is_told_as_well(
+    files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(*args: Any, **options: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(policy, "load_model", exhausted)
+    given = {name: value for name, value in files.items() if name != "eval_dataset_name"}
+    with pytest.raises(OSError, match=r"memory ran out .*: lower max_tokens_per_micro_batch"):
+        train("sapo", **KEYS | given, output_dir=str(tmp_path / "run"))

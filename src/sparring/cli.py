@@ -132,12 +132,13 @@ def _plan(words: list[str]) -> int:
 
 
 def _resume(words: list[str]) -> int:
-    parser = argparse.ArgumentParser("sparring resume", description="Continue an interrupted run.")
+    about = "Continue an interrupted run. After its folder, keys may follow that say where and how fast it computes."
+    parser = argparse.ArgumentParser("sparring resume", "sparring resume RUN [--key value ...]", about)
     parser.add_argument("run", help="the run's folder")
-    given = parser.parse_args(words)
+    given, changes = parser.parse_known_args(words)
     from sparring.run import resume
 
-    return _ended(resume(given.run))
+    return _ended(resume(given.run, **flags(changes)))
 
 
 def _ended(run: Any) -> int:

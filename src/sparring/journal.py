@@ -39,6 +39,12 @@ class Journal:
         whole = dict(keys) | {"versions": versions()} | about
         _replace(self.folder / "config.yaml", yaml.safe_dump(whole, sort_keys=False))
 
+    def change(self, keys: Mapping[str, Any]) -> None:
+        """Put ``keys`` in place of what the configuration says; the rest of it stays as it is."""
+        if keys and self.writes:
+            whole = yaml.safe_load((self.folder / "config.yaml").read_text()) | dict(keys)
+            _replace(self.folder / "config.yaml", yaml.safe_dump(whole, sort_keys=False))
+
     def configuration(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """The keys of the run, and what was written beside them (versions, fingerprints)."""
         file = self.folder / "config.yaml"

@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sparring.config import Config, resolve
+from sparring.data.stage_files import FREE
 from sparring.journal import Journal, Run
 from sparring.methods import method as method_called
 from sparring.methods.base import Method
+from sparring.model.memory import watched
 from sparring.model.parallel import joined
 from sparring.progress import Bars
 from sparring.recipes import read_recipe
 from sparring.session import Session
 
 T = TypeVar("T", str, str | None)
+CHANGEABLE = FREE - {"output_dir"} | {"max_tokens_per_micro_batch", "gradient_checkpointing"}
 
 
 def train(
@@ -57,23 +60,30 @@ def train(
             _refuse_taken(journal, config)
         world.wait()
         parts = config, journal, Bars(quiet or not world.main)
-        with Session(*parts, model=model, tokenizer=tokenizer, rows=train_dataset, judge=judge, world=world) as session:
+        given: dict[str, Any] = {"model": model, "tokenizer": tokenizer, "rows": train_dataset, "judge": judge}
+        with watched(config), Session(*parts, **given, world=world) as session:
             session.begin(model, train_dataset)
             return session.run()
 
 
-def resume(output_dir: str | Path, *, judge: Any = None, quiet: bool = False) -> Run:
+def resume(output_dir: str | Path, *, judge: Any = None, quiet: bool = False, **changes: Any) -> Run:
     """Continue an interrupted run to the end it would have had; a run without a checkpoint starts anew.
 
-    A run that was given its ``judge`` as an object needs it again. Raises ValueError where ``output_dir`` is no run directory, or
-    where model, data or that judge are no longer what the run began with.
+    A run that was given its ``judge`` as an object needs it again. ``changes`` are keys that say where and how fast it computes
+    (:data:`CHANGEABLE`), and move results by rounding alone. Raises ValueError for others, where ``output_dir`` is no run
+    directory, and where model, data or that judge are no longer what the run began with.
     """
     journal = Journal(Path(output_dir))
     keys, about = journal.configuration()
     keys.setdefault("cache_implementation", "dynamic")  # runs from before there was a choice have neither
     keys.setdefault("torch_compile", False)
     kind = method_called(keys.pop("method"))
-    config = resolve(kind, keys, {"output_dir": str(output_dir)})
+    if fixed := [name for name in changes if name not in CHANGEABLE]:
+        words = "it would no longer be the run that began" if fixed[0] in keys else "there is no such key"
+        raise ValueError(
+            f"resume cannot change {fixed[0]}: {words}; what may change: {', '.join(sorted(CHANGEABLE & set(keys)))}"
+        )
+    config = resolve(kind, keys, changes | {"output_dir": str(output_dir)})
     if (journal.folder / "model").is_dir():
         journal.finished()
         return Run(journal.folder, "finished", "it was finished before")
@@ -81,9 +91,12 @@ def resume(output_dir: str | Path, *, judge: Any = None, quiet: bool = False) ->
         raise ValueError(f"{journal.folder} was judged by an object of yours: give it again, resume(..., judge=...)")
     with joined(config.model.device) as world:
         journal = Journal(journal.folder, writes=world.main)
-        with Session(config, journal, Bars(quiet or not world.main), judge=judge, world=world) as session:
+        parts = config, journal, Bars(quiet or not world.main)
+        with watched(config), Session(*parts, judge=judge, world=world) as session:
             if world.main:
                 _refuse_changed(session, about)
+            flat = session.config.flat()
+            journal.change({name: flat[name] for name in changes})
             session.restore()
             return session.run()
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from sparring import reference
-from sparring.actors.servers import ServerFailed
 from sparring.archive import Archive
 from sparring.buffer import Buffer
 from sparring.checkpoint import TrainState
@@ -21,6 +20,7 @@ from sparring.chronicle import Chronicle
 from sparring.config import Config
 from sparring.data.datasets import Loaded, digest, load
 from sparring.evaluate.evaluator import Evaluator
+from sparring.failures import told
 from sparring.interrupt import Interrupted, asked_to_stop
 from sparring.journal import Journal, Run, tracker
 from sparring.judges.bench import Bench
@@ -30,7 +30,7 @@ from sparring.loop import Round, Update, planned, play
 from sparring.methods.base import Context, Judge, Method, NoJudge, reference_goes_first
 from sparring.model import pieces, policy
 from sparring.model.dry import asked
-from sparring.model.parallel import ALONE, World, lost
+from sparring.model.parallel import ALONE, World
 from sparring.model.plan import with_budget
 from sparring.model.start import load_start, make_roles
 from sparring.monitor import Monitor
@@ -202,7 +202,7 @@ class Session:
 
     def run(self) -> Run:
         """Play to the end, an alarm or a signal; save; write the result where the end was reached."""
-        outcome, folder = None, self.journal.folder
+        outcome = None
         try:
             self.probe.prepare(self.prompts)
             self.chronicle.begin()
@@ -212,18 +212,12 @@ class Session:
                     outcome = self._play()
             if outcome.state == "finished":
                 self.results.finish()
-        except OSError as problem:
-            full = "" if isinstance(problem, ServerFailed | ConnectionError) else " (is the disk full?)"
-            words = f"{problem}. Mend it{full}, then `sparring resume {folder}` goes on"
-            self._fail(words)
-            raise OSError(words) from problem
-        except (ValueError, RuntimeError) as problem:
-            if not lost(problem):
-                self._fail(str(problem))
+        except (OSError, ValueError, RuntimeError) as problem:
+            clearer = told(problem, self.config)
+            self._fail(str(clearer))
+            if clearer is problem:
                 raise
-            words = f"{problem}. Another process may have ended: its output says why. `resume {folder}` in all of them goes on"
-            self._fail(words)
-            raise ConnectionError(words) from problem
+            raise clearer from problem
         done = self.state.counters.step
         total = done if outcome.state == "finished" else self.total_steps  # of counted rounds an upper bound
         self.journal.status(outcome.state, done, total, outcome.message)

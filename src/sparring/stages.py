@@ -39,6 +39,7 @@ from sparring.keys import key
 from sparring.methods.base import Context, Sampling, Writer
 from sparring.methods.rounds import Kind, cannot_rank, rank, settings, written
 from sparring.model import policy
+from sparring.model.memory import watched
 from sparring.model.start import computed_in
 from sparring.pairing import Paired, best_of
 from sparring.progress import Bars
@@ -137,18 +138,19 @@ def writing(config: Config, chat: Chat, folder: Path, bars: Bars) -> Iterator[Wr
                 "server: " + ", ".join(f"{what} {count:,}" for what, count in writer.tally.items() if count), "dim"
             )
         return
-    model = policy.load_model(config.model, policy.pick_device(config.model), computed_in(config)).eval()
-    yield LocalWriter(
-        lambda: contextlib.nullcontext(model),
-        source=lambda: name,
-        decode=chat.decode,
-        end_ids=chat.end_ids,
-        pad_id=chat.pad_id,
-        batch_size=keys.generation_batch_size,
-        cache=keys.cache_implementation,
-        tick=bars.moved,
-        say=lambda text: bars.say(text, "dim"),
-    )
+    with watched(config):
+        model = policy.load_model(config.model, policy.pick_device(config.model), computed_in(config)).eval()
+        yield LocalWriter(
+            lambda: contextlib.nullcontext(model),
+            source=lambda: name,
+            decode=chat.decode,
+            end_ids=chat.end_ids,
+            pad_id=chat.pad_id,
+            batch_size=keys.generation_batch_size,
+            cache=keys.cache_implementation,
+            tick=bars.moved,
+            say=lambda text: bars.say(text, "dim"),
+        )
 
 
 def rank_responses(config: Config, bars: Bars) -> Path:

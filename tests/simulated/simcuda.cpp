@@ -20,10 +20,13 @@ REGISTER_CUDA_DISPATCH(_fused_sdp_choice_stub, &plain_attention)
 }  // namespace at::native
 
 namespace {
-int number(const char* name, int otherwise) { return std::getenv(name) ? std::atoi(std::getenv(name)) : otherwise; }
+int64_t number(const char* name, int64_t otherwise) {
+  return std::getenv(name) ? std::atoll(std::getenv(name)) : otherwise;
+}
 
-const int COUNT = number("SIMCUDA_DEVICES", 1);  // of which each process of a job has its own
-const Device CUDA(DeviceType::CUDA, COUNT > 1 ? number("LOCAL_RANK", 0) : 0), CPU(DeviceType::CPU);
+const int64_t TOTAL = number("SIMCUDA_MEMORY", int64_t{1} << 34);  // bytes that the device has
+const auto COUNT = static_cast<DeviceIndex>(number("SIMCUDA_DEVICES", 1));  // of which each process of a job has its own
+const Device CUDA(DeviceType::CUDA, static_cast<DeviceIndex>(COUNT > 1 ? number("LOCAL_RANK", 0) : 0)), CPU(DeviceType::CPU);
 thread_local Stream stream(Stream::DEFAULT, CUDA);
 std::atomic<int64_t> live{0}, peak{0}, launches{0};  // bytes, bytes, kernels
 py::function* listener = nullptr;                    // is told the name of what the host waits for
@@ -58,6 +61,8 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
 C10_REGISTER_GUARD_IMPL(CUDA, Guard)
 
 c10::DataPtr owning(Storage host) {  // the memory of a CUDA storage is that of a CPU's
+  TORCH_CHECK_WITH(OutOfMemoryError, live + static_cast<int64_t>(host.nbytes()) <= TOTAL,
+                   "CUDA out of memory. Tried to allocate ", host.nbytes(), " bytes. The device has ", TOTAL, ".");
   if ((live += host.nbytes()) > peak) peak = live.load();
   auto gone = [](void* kept) {
     live -= static_cast<Storage*>(kept)->nbytes();
@@ -259,13 +264,6 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("_local_scalar_dense", local_scalar_dense);
 }
 
-// What processes send each other, they send by the CPU's backend.
-TORCH_LIBRARY_IMPL(c10d, CUDA, m) {
-  for (auto name : {"allreduce_", "allreduce_coalesced_", "broadcast_", "_allgather_base_", "_reduce_scatter_base_",
-                    "allgather_into_tensor_coalesced_", "reduce_scatter_tensor_coalesced_", "barrier"})
-    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&fallback>());
-}
-
 struct Graph {
   std::vector<std::function<void()>> steps;
 };
@@ -276,6 +274,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   // PyTorch has looked for hooks already: ours take the place of those that do nothing, and have as little data.
   static_assert(sizeof(Hooks) == sizeof(at::CUDAHooksInterface));
   new (const_cast<at::CUDAHooksInterface*>(&at::detail::getCUDAHooks())) Hooks();
+  if (COUNT > 1) {  // what processes send each other, they send by the CPU's backend
+    static torch::Library sent(torch::Library::IMPL, "c10d", DispatchKey::CUDA, __FILE__, __LINE__);
+    for (auto name : {"allreduce_", "allreduce_coalesced_", "broadcast_", "_allgather_base_", "_reduce_scatter_base_",
+                      "allgather_into_tensor_coalesced_", "reduce_scatter_tensor_coalesced_", "barrier"})
+      sent.impl(name, torch::CppFunction::makeFromBoxedFunction<&fallback>());
+  }
   m.def("listen", [](py::function heard) { listener = new py::function(std::move(heard)); });
   m.def("generator", [] { return at::globalContext().defaultGenerator(CUDA); });
   m.def("launches", [] { return launches.load(); });

@@ -17,6 +17,7 @@ from sparring.evaluate.held_out import HeldOut, Sample, interval, load_and_evalu
 from sparring.judges.verifier import load_verifier
 from sparring.model import policy
 from sparring.model.adapter_folder import find_adapter
+from sparring.model.memory import watched
 from sparring.progress import Bars
 from sparring.report.terminal import safe
 
@@ -35,7 +36,8 @@ def evaluation_report(config: Config, *, quiet: bool = False) -> RenderableType:
         keys = config.generation
         options: dict[str, Any] = {"batch_size": keys.generation_batch_size, "cache": keys.cache_implementation}
         options |= {"tick": tick, "say": lambda text: bars.say(text, "dim")}
-        result = load_and_evaluate(config, device, loaded.prompts, chat, verify, **options)
+        with watched(config):
+            result = load_and_evaluate(config, device, loaded.prompts, chat, verify, **options)
     return evaluation_view(config.model.model_name_or_path, result, config.method.show)
 
 
