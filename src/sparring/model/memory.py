@@ -67,6 +67,8 @@ def exhausted(problem: torch.OutOfMemoryError, config: Config) -> str:
         "max_tokens_per_micro_batch": config.training.max_tokens_per_micro_batch,
         "generation_batch_size": config.generation.generation_batch_size,
     }
+    if config.judging.judge in ("reward_model", "pairrm"):
+        keys["judge_batch_tokens"] = config.judging.judge_batch_tokens
     now = ", ".join(f"{name} ({value:,})" if isinstance(value, int) else name for name, value in keys.items())
     layers = "" if config.training.gradient_checkpointing else ", or give gradient_checkpointing true"
     reason = ". ".join(str(problem).split(". ")[:3])  # which is how much was wanted, and how much there is

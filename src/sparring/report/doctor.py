@@ -26,6 +26,7 @@ from sparring.report.terminal import safe
 
 OPTIONAL = {
     "flash_attn": "FlashAttention 2, for --attn_implementation flash_attention_2",
+    "flash_attn_interface": "FlashAttention 3, for --attn_implementation flash_attention_3",
     "bitsandbytes": "8-bit AdamW, for --optim adamw_8bit",
     "trackio": "for --report_to trackio",
     "tensorboard": "for --report_to tensorboard",
