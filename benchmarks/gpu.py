@@ -1,10 +1,11 @@
 """On a CUDA device: steps and generation of Llama shapes from 0.5B to 8B against TRL's, and whether packed bf16 is exact enough.
 
-    python benchmarks/gpu.py [--shapes 0.5B,1B,3B,8B] [--steps N] [--json FILE] [--quick]
+    python benchmarks/gpu.py [--shapes 0.5B,1B,3B,8B] [--steps N] [--attn_implementation NAME] [--json FILE] [--quick]
 
 Random weights. 8B trains LoRA adapters on bfloat16 weights, the others train all weights in float32 under bf16 computation. 3B
 and 8B have activation checkpointing, on both sides. TRL's loop runs first, then ours on the same pairs, so that each has the
-whole memory. ``--toy`` runs everything at toy size on the processor; without it and without CUDA there is nothing to measure.
+whole memory; ``--attn_implementation`` is ours alone. ``--toy`` runs everything at toy size on the processor; without it and
+without CUDA there is nothing to measure.
 """
 
 from __future__ import annotations
@@ -93,10 +94,12 @@ def theirs(setting: Setting, cell: Cell, batches: Sequence[Sequence[Pair]]) -> F
     return found
 
 
-def ours(setting: Setting, cell: Cell, batches: Sequence[Sequence[Pair]]) -> Found:
+def ours(setting: Setting, cell: Cell, batches: Sequence[Sequence[Pair]], kernel: str) -> Found:
     """Our steps: meeting the pairs for the first time, and knowing their reference."""
     found, policy = Found(), base_of(setting, cell.device)
     reference = base_of(setting, cell.device) if setting.lora else llama(setting.shape, cell.device, 1)
+    for model in (policy, reference):
+        model.set_attn_implementation(kernel)
     if setting.lora:
         from peft import get_peft_model
 
@@ -124,13 +127,13 @@ def freed(side: Any, *given: Any) -> Found | None:
         torch.cuda.empty_cache()
 
 
-def steps(name: str, setting: Setting, device: torch.device, count: int, report: Report) -> None:
+def steps(name: str, setting: Setting, device: torch.device, count: int, kernel: str, report: Report) -> None:
     """Both sides' steps."""
     cell = Cell(setting.shape, "dpo", "bf16", setting.checkpointing, device)
     batches = cell.batches(count + WARM + 1)
     rate = matmul_rate(device, torch.bfloat16)
-    found = {"theirs": freed(theirs, setting, cell, batches), "ours": freed(ours, setting, cell, batches)}
-    figures: dict[str, Any] = {"shape": name, "lora": setting.lora, "matmul_rate": rate}
+    found = {"theirs": freed(theirs, setting, cell, batches), "ours": freed(ours, setting, cell, batches, kernel)}
+    figures: dict[str, Any] = {"shape": name, "lora": setting.lora, "matmul_rate": rate, "attention": kernel}
     for which, side, reference in (
         ("theirs", COMPACT.name, True),
         ("theirs", PRECOMPUTED.name, False),
@@ -178,7 +181,7 @@ def tokens_of(pair: Pair) -> int:
     return 2 * len(pair.prompt_token_ids) + len(pair.chosen.token_ids) + len(pair.rejected.token_ids)
 
 
-def equality(name: str, shape: Shape, device: torch.device, report: Report) -> None:
+def equality(name: str, shape: Shape, device: torch.device, kernel: str, report: Report) -> None:
     """How far bf16 log-probs and gradients of the packed and the padded layout are from padded float32."""
     pairs = make_pairs("sapo", 4, shape)
     groups = [Group(p.prompt_token_ids, [r.token_ids for r in (p.chosen, p.rejected) if r]) for p in pairs]
@@ -187,6 +190,7 @@ def equality(name: str, shape: Shape, device: torch.device, report: Report) -> N
 
     def seen(kind: Any, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         model, scorer = llama(shape, device, dtype=dtype), Scorer(kind, PAD, device)
+        model.set_attn_implementation("sdpa" if kind == "dense" else kernel)
         logps = scorer.sums(model, groups, spans)[:, 1] / lengths
         signs = torch.tensor([1.0, -1.0], device=device).repeat(len(groups))
 
@@ -198,7 +202,7 @@ def equality(name: str, shape: Shape, device: torch.device, report: Report) -> N
 
     exact, gradient = seen("dense", torch.float32)
     figures: dict[str, Any] = {"shape": name, "equality": {}}
-    for kind in ("dense", kind_for(device, "sdpa")):
+    for kind in ("dense", kind_for(device, kernel)):
         logps, mine = seen(kind, torch.bfloat16)
         error = float((logps - exact).abs().max())
         cosine = float(torch.nn.functional.cosine_similarity(mine, gradient, dim=0))
@@ -212,19 +216,22 @@ def main() -> None:
     arguments = parser(__doc__ or "")
     arguments.add_argument("--shapes", help="of 0.5B, 1B, 3B, 8B, with commas; 1B with --quick")
     arguments.add_argument("--steps", type=int, help="measured steps of each side")
+    arguments.add_argument(
+        "--attn_implementation", default="sdpa", help="ours: sdpa is FlexAttention; flash_attention_2 or _3"
+    )
     arguments.add_argument("--toy", action="store_true", help="toy sizes on the processor, to see that it runs")
     given = arguments.parse_args()
     if not given.toy and not torch.cuda.is_available():
         print("gpu.py: PyTorch sees no CUDA device, so nothing was measured (--toy runs toy sizes on the processor)")
         return
-    device = torch.device("cpu" if given.toy else "cuda")
+    device, kernel = torch.device("cpu" if given.toy else "cuda"), given.attn_implementation
     settings = TOY if given.toy else SETTINGS
     names = given.shapes.split(",") if given.shapes else ["1B"] if given.quick and not given.toy else list(settings)
     count = given.steps or (3 if given.quick else 8)
     report = Report("gpu", "Against TRL and generate on a GPU", given)
-    equality(names[0], settings[names[0]].shape, device, report)
+    equality(names[0], settings[names[0]].shape, device, kernel, report)
     for name in names:
-        steps(name, settings[name], device, count, report)
+        steps(name, settings[name], device, count, kernel, report)
         case, new = (Case("4", 4, SAMPLED), 4) if given.toy else (Case("64", 64, SAMPLED), 128)
         for cache in ("dynamic", "static"):
             found = compared_generation(settings[name].shape, "bf16", case, new, 2 if given.quick else 3, device, cache)
