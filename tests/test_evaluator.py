@@ -123,7 +123,7 @@ def test_the_likelihood_is_that_of_the_model_that_the_round_left(
     about = ModelConfig(model_name_or_path=str(folder / "models" / "round-00001"))
     chat = policy.load_chat(about)
     prompts = load(DataConfig(dataset_name=str(files["held_out"])), chat, need="responses").prompts
-    model = policy.load_model(about, policy.pick_device(ModelConfig(device="cpu")))
+    model = policy.load_model(about, policy.pick_device("cpu"))
     expected = evaluate(model, chat, prompts, Evaluate(max_new_tokens=1), None).nll
     after_first = [line for line in lines(folder) if "eval/nll" in line][1]
     assert after_first["eval/nll"] == pytest.approx(expected, abs=1e-5)

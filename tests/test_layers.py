@@ -17,10 +17,11 @@ LAYERS = """
     methods.rounds
     metrics model.dry progress interrupt
     methods actors judges archive learner model.plan checkpoint journal monitor card
+    failures
     evaluate.held_out evaluate.agreement probe reference merge writers
     evaluate loop
     results
-    savepoints chronicle failures
+    savepoints chronicle
     session
     run stages
     report annotate demo __init__

@@ -20,7 +20,6 @@ from transformers import (
 )
 
 import sparring
-from sparring.config import ModelConfig
 from sparring.data import parquet
 from sparring.model.policy import pick_device
 from sparring.records import Pair
@@ -47,14 +46,14 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_device_that_is_not_here_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert [pick_device(ModelConfig(device=name)).index for name in ("cuda", "cuda:1")] == [None, 1]
+    assert [pick_device(name).index for name in ("cuda", "cuda:1")] == [None, 1]
     with pytest.raises(ValueError, match=r"device is 'cuda:7', and there are 2, numbered from 0: use cuda:1"):
-        pick_device(ModelConfig(device="cuda:7"))
+        pick_device("cuda:7")
     with pytest.raises(ValueError, match=r"device is 'gpu', and no device is called so: use auto, cpu, cuda or cuda:1"):
-        pick_device(ModelConfig(device="gpu"))
+        pick_device("gpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=r"sees no CUDA device here: use --device cpu"):
-        pick_device(ModelConfig(device="cuda:1"))
+        pick_device("cuda:1")
 
 
 def test_sapo_leaves_an_ordinary_folder_that_says_where_it_comes_from(model: Path, rows: Path, tmp_path: Path) -> None:

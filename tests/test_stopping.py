@@ -150,23 +150,22 @@ def test_where_memory_runs_out_it_says_what_to_lower_and_goes_on_with_that(
     monkeypatch.setattr(Learner, "update", exhausting)
     folder = tmp_path / "exhausted"
     told = (
-        r"memory ran out \(CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.00 GiB\): lower "
-        r"max_tokens_per_micro_batch \(512\), generation_batch_size \(64\), or give gradient_checkpointing true; `sparring resume"
+        r"memory ran out \(CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.00 GiB\): lower max_tokens_per_micro_batch "
+        r"\(512\), or give gradient_checkpointing true, or lower generation_batch_size \(64\); then `sparring resume"
     )
     with pytest.raises(OSError, match=told):
         train("sapo", **keys, output_dir=str(folder))
     assert "lower max_tokens_per_micro_batch" in json.loads((folder / "status.json").read_text())["message"]
     monkeypatch.undo()
-    with pytest.raises(
-        ValueError, match="resume cannot change learning_rate: it would no longer be the run that began"
-    ):
-        resume(folder, quiet=True, learning_rate=1.0)
-    with pytest.raises(ValueError, match="resume cannot change micro_batch: there is no such key"):
-        resume(folder, quiet=True, micro_batch=128)
-    run = resume(folder, quiet=True, max_tokens_per_micro_batch="128", gradient_checkpointing=True)
+    with pytest.raises(ValueError, match="resume cannot change learning_rate: of a run that has begun max_tokens"):
+        resume(folder, quiet=True, changes={"learning_rate": 1.0})
+    new = {"max_tokens_per_micro_batch": "128", "gradient_checkpointing": True}
+    run = resume(folder, quiet=True, changes=new)
     assert run.state == "finished"
     written = yaml.safe_load((folder / "config.yaml").read_text())
     before = yaml.safe_load((whole.folder / "config.yaml").read_text())
+    was = {"until_update": 2, "max_tokens_per_micro_batch": 512, "gradient_checkpointing": False}
+    assert written.pop("changes") == [was]
     changed = {name for name in before if written[name] != before[name]}
     assert changed == {"max_tokens_per_micro_batch", "gradient_checkpointing", "output_dir"}
     ours, theirs = (
@@ -175,6 +174,10 @@ def test_where_memory_runs_out_it_says_what_to_lower_and_goes_on_with_that(
     )
     assert ours == pytest.approx(theirs, rel=1e-5)
     assert len(ours) == 6
+    with pytest.raises(
+        ValueError, match="is finished: there is nothing left that max_tokens_per_micro_batch could change"
+    ):
+        resume(folder, quiet=True, changes=new)
 
 
 def test_memory_that_runs_out_before_anything_is_trained_is_told_as_well(

@@ -231,8 +231,11 @@ def test_the_launchers_environments_are_read() -> None:
     ("launcher", "local_rank", "devices", "found"),
     [
         ("srun", 1, 8, 1),
-        ("srun", 3, 1, 0),  # --gpus-per-task 1: each task is shown its own device alone
-        ("srun", 2, 0, None),
+        ("srun", 3, 1, None),
+        ("srun, --gpus-per-task 1", 3, 1, 0),  # each task is shown its own device alone
+        ("srun, --gpus-per-task 2", 1, 2, 0),
+        ("srun, bound", 3, 1, 0),
+        ("srun, bound", 2, 0, None),
         ("torchrun", 1, 8, 1),
         ("torchrun", 3, 1, None),
     ],
@@ -254,7 +257,11 @@ def test_each_process_takes_its_own_device(
         "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
         "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
     }
-    environment = dict(zip(names[launcher], (rank, "8", rank), strict=True))
+    environment = dict(zip(names[launcher.partition(",")[0]], (rank, "8", rank), strict=True))
+    if "gpus-per-task" in launcher:
+        environment["SLURM_GPUS_PER_TASK"] = launcher[-1]
+    if "bound" in launcher:
+        environment["SLURM_GPUS_ON_NODE"] = "4"
     environment |= {"SLURM_JOB_ID": "7", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1"}
     with pytest.raises(InterruptedError if found is not None else ValueError), joined("cuda", environment):
         pass

@@ -132,13 +132,15 @@ def _plan(words: list[str]) -> int:
 
 
 def _resume(words: list[str]) -> int:
-    about = "Continue an interrupted run. After its folder, keys may follow that say where and how fast it computes."
+    from sparring.failures import CHANGEABLE
+
+    about = f"Continue an interrupted run. Keys that may change on the way: {', '.join(CHANGEABLE)}."
     parser = argparse.ArgumentParser("sparring resume", "sparring resume RUN [--key value ...]", about)
-    parser.add_argument("run", help="the run's folder")
-    given, changes = parser.parse_known_args(words)
+    parser.add_argument("run", help="the run's folder, before any key")
+    given = parser.parse_args(words[:1])
     from sparring.run import resume
 
-    return _ended(resume(given.run, **flags(changes)))
+    return _ended(resume(given.run, changes=flags(words[1:])))
 
 
 def _ended(run: Any) -> int:

@@ -28,7 +28,7 @@ class ModelConfig:
     )
     device: str = key("auto", "Where to train: auto, cpu, cuda, cuda:1")
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = key(
-        "sdpa", "Attention kernel, as transformers names it"
+        "sdpa", "Attention kernel, as transformers names it; FlashAttention: on CUDA, with dtype bfloat16"
     )
     trust_remote_code: bool = key(False, "Run Python code that comes with the model; only for models you trust")
     apply_chat_template: bool = key(

@@ -19,7 +19,7 @@ from sparring.records import Group, Pair, Response
 
 VERSIONS = ("sparring", "torch", "transformers", "peft", "tokenizers", "safetensors", "datasets", "numpy")
 FINGERPRINTS = ("start_fingerprint", "data_fingerprint", "evaluation_fingerprint", "judge_fingerprint")
-ABOUT = ("versions", *FINGERPRINTS)  # lines of config.yaml that are no keys
+ABOUT = ("versions", "changes", *FINGERPRINTS)  # lines of config.yaml that are no keys
 
 
 class Journal:
@@ -39,10 +39,12 @@ class Journal:
         whole = dict(keys) | {"versions": versions()} | about
         _replace(self.folder / "config.yaml", yaml.safe_dump(whole, sort_keys=False))
 
-    def change(self, keys: Mapping[str, Any]) -> None:
-        """Put ``keys`` in place of what the configuration says; the rest of it stays as it is."""
+    def change(self, keys: Mapping[str, Any], step: int) -> None:
+        """Put ``keys`` in place of what the configuration says, and write down what it said until update ``step``."""
         if keys and self.writes:
-            whole = yaml.safe_load((self.folder / "config.yaml").read_text()) | dict(keys)
+            whole = yaml.safe_load((self.folder / "config.yaml").read_text())
+            before = {"until_update": step} | {name: whole[name] for name in keys}
+            whole |= dict(keys) | {"changes": [*whole.get("changes", []), before]}
             _replace(self.folder / "config.yaml", yaml.safe_dump(whole, sort_keys=False))
 
     def configuration(self) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -128,10 +128,10 @@ class Learner:
 
     def scorer(self, groups: Sequence[Group]) -> Scorer:
         """How this model's log-probs are computed; found out on the first ``groups`` there are."""
-        if self._scorer is None and self.layout is not None:
+        kind = kind_for(self.device, self.roles.policy.config._attn_implementation)
+        if self._scorer is None and self.layout in ("dense", kind):  # what a run found out before it was stopped
             self._scorer = Scorer(self.layout, self.pad_id, self.device)
         if self._scorer is None:
-            kind = kind_for(self.device, self.roles.policy.config._attn_implementation)
             with together(self.roles.worker):
                 parts = self.roles.worker, groups, self.pad_id, self.device, self.roles.dtype
                 self._scorer, words = checked(kind, *parts, learns=self.roles.divided.size == 1)

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
-from sparring.config import Config, resolve
-from sparring.data.stage_files import FREE
+from sparring.config import Config, ModelConfig, resolve
+from sparring.failures import CHANGEABLE, watched
 from sparring.journal import Journal, Run
 from sparring.methods import method as method_called
 from sparring.methods.base import Method
-from sparring.model.memory import watched
 from sparring.model.parallel import joined
 from sparring.progress import Bars
 from sparring.recipes import read_recipe
 from sparring.session import Session
 
 T = TypeVar("T", str, str | None)
-CHANGEABLE = FREE - {"output_dir"} | {"max_tokens_per_micro_batch", "gradient_checkpointing"}
+KERNELS = get_args(get_type_hints(ModelConfig)["attn_implementation"])
 
 
 def train(
@@ -44,6 +44,10 @@ def train(
     layer.pop("method", None)
     if model is not None:
         keys["model_name_or_path"] = str(Path(keys.get("output_dir", "")).resolve() / "start")
+        if (
+            how := model.config._attn_implementation
+        ) in KERNELS:  # as the folder is to be loaded when the run is resumed
+            keys["attn_implementation"] = how
     if train_dataset is not None:
         keys["dataset_name"] = str(Path(keys.get("output_dir", "")).resolve() / "data.jsonl")
     if judge is not None:
@@ -61,43 +65,47 @@ def train(
         world.wait()
         parts = config, journal, Bars(quiet or not world.main)
         given: dict[str, Any] = {"model": model, "tokenizer": tokenizer, "rows": train_dataset, "judge": judge}
-        with watched(config), Session(*parts, **given, world=world) as session:
+        with watched(config, *CHANGEABLE), Session(*parts, **given, world=world) as session:
             session.begin(model, train_dataset)
             return session.run()
 
 
-def resume(output_dir: str | Path, *, judge: Any = None, quiet: bool = False, **changes: Any) -> Run:
+def resume(
+    output_dir: str | Path, *, judge: Any = None, quiet: bool = False, changes: Mapping[str, Any] | None = None
+) -> Run:
     """Continue an interrupted run to the end it would have had; a run without a checkpoint starts anew.
 
-    A run that was given its ``judge`` as an object needs it again. ``changes`` are keys that say where and how fast it computes
-    (:data:`CHANGEABLE`), and move results by rounding alone. Raises ValueError for others, where ``output_dir`` is no run
-    directory, and where model, data or that judge are no longer what the run began with.
+    A run that was given its ``judge`` as an object needs it again. ``changes`` are new values of keys that say how the work is cut
+    (:data:`sparring.failures.CHANGEABLE`), and move results by rounding alone. Raises ValueError for other keys, where
+    ``output_dir`` is no run directory, and where model, data or that judge are no longer what the run began with.
     """
+    changes = dict(changes or {})
+    if fixed := next((name for name in changes if name not in CHANGEABLE), None):
+        raise ValueError(f"resume cannot change {fixed}: of a run that has begun {', '.join(CHANGEABLE)} may change")
     journal = Journal(Path(output_dir))
     keys, about = journal.configuration()
     keys.setdefault("cache_implementation", "dynamic")  # runs from before there was a choice have neither
     keys.setdefault("torch_compile", False)
     kind = method_called(keys.pop("method"))
-    if fixed := [name for name in changes if name not in CHANGEABLE]:
-        words = "it would no longer be the run that began" if fixed[0] in keys else "there is no such key"
-        raise ValueError(
-            f"resume cannot change {fixed[0]}: {words}; what may change: {', '.join(sorted(CHANGEABLE & set(keys)))}"
-        )
     config = resolve(kind, keys, changes | {"output_dir": str(output_dir)})
     if (journal.folder / "model").is_dir():
         journal.finished()
+        if changes:
+            raise ValueError(
+                f"{journal.folder} is finished: there is nothing left that {next(iter(changes))} could change"
+            )
         return Run(journal.folder, "finished", "it was finished before")
     if "judge_fingerprint" in about and judge is None:
         raise ValueError(f"{journal.folder} was judged by an object of yours: give it again, resume(..., judge=...)")
     with joined(config.model.device) as world:
         journal = Journal(journal.folder, writes=world.main)
         parts = config, journal, Bars(quiet or not world.main)
-        with watched(config), Session(*parts, judge=judge, world=world) as session:
+        with watched(config, *CHANGEABLE), Session(*parts, judge=judge, world=world) as session:
             if world.main:
                 _refuse_changed(session, about)
-            flat = session.config.flat()
-            journal.change({name: flat[name] for name in changes})
             session.restore()
+            now = session.config.flat()
+            journal.change({name: now[name] for name in changes}, session.state.counters.step)
             return session.run()
 
 

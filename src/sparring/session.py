@@ -20,7 +20,7 @@ from sparring.chronicle import Chronicle
 from sparring.config import Config
 from sparring.data.datasets import Loaded, digest, load
 from sparring.evaluate.evaluator import Evaluator
-from sparring.failures import told
+from sparring.failures import lasting, told
 from sparring.interrupt import Interrupted, asked_to_stop
 from sparring.journal import Journal, Run, tracker
 from sparring.judges.bench import Bench
@@ -30,6 +30,7 @@ from sparring.loop import Round, Update, planned, play
 from sparring.methods.base import Context, Judge, Method, NoJudge, reference_goes_first
 from sparring.model import pieces, policy
 from sparring.model.dry import asked
+from sparring.model.flash import check_flash
 from sparring.model.parallel import ALONE, World
 from sparring.model.plan import with_budget
 from sparring.model.start import load_start, make_roles
@@ -63,7 +64,7 @@ class Session:
         """Read data, then the model; every fault in them is found here."""
         self.config, self.journal, self.bars, self.world = config, journal, bars, world
         self.method: Method = config.method
-        device = policy.pick_device(config.model, model)
+        device = policy.pick_device(config.model.device)
         judging: dict[str, Any] = {"world": world, "tick": bars.moved, "say": self._say, "given": judge}
         judging["spent"] = journal.spent_on_judging()
         later = judge is None and config.judging.judge == "policy"  # which is not there yet
@@ -71,6 +72,8 @@ class Session:
         check_generation(config, self.method)
         if model is None:
             policy.check_causal(config.model)
+        about = policy.configuration(config.model) if model is None else model.config
+        check_flash(config.model, about, device)
         ends = None if model is None else policy.ends_of(model.generation_config)
         self.chat = policy.load_chat(config.model, tokenizer, ends)
         with bars.stage("read", None, unit="rows") as tick:
@@ -79,7 +82,6 @@ class Session:
         self.dtype_shipped = policy.shipped_dtype(config.model) if model is None else model.dtype
         if config.adapter.use_peft:
             self.dtype_shipped = torch.float32  # what learns is the adapter, and it is shipped as it learned
-        about = policy.configuration(config.model) if model is None else model.config
         self.max_length = policy.room(about, self.prompts, config.data.max_length)
         training = config.training
         self.updates_per_epoch = math.ceil(len(self.prompts) / training.batch_size)
@@ -130,7 +132,7 @@ class Session:
         )
         self.config = config = self.writers.config
         if later:
-            learns = self.about, config.method, config.adapter, config.training, config.generation, config.run.seed
+            learns = self.about, config.method, config.adapter, config.run.seed, *lasting(config)
             judging["policy"] = partial(self.writers.as_judge, self.max_length, lambda: f"{learns} {self._stamp()}")
             self.judge = fitting(self.method, make_judge(config, device, **judging))
         self.context = Context(self.writers, self.seeds, self.max_length, self.judge)

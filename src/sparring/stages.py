@@ -32,6 +32,7 @@ from sparring.data.stage_files import (
     shards_of,
     write,
 )
+from sparring.failures import watched
 from sparring.journal import Journal
 from sparring.judges.bench import Bench
 from sparring.judges.make import make_judge
@@ -39,7 +40,7 @@ from sparring.keys import key
 from sparring.methods.base import Context, Sampling, Writer
 from sparring.methods.rounds import Kind, cannot_rank, rank, settings, written
 from sparring.model import policy
-from sparring.model.memory import watched
+from sparring.model.flash import check_flash
 from sparring.model.start import computed_in
 from sparring.pairing import Paired, best_of
 from sparring.progress import Bars
@@ -92,6 +93,8 @@ def generate(config: Config, bars: Bars) -> Path:
     """Write responses, shard by shard; the folder."""
     keys, folder = config.method, opened(config.method.output_dir, keys_as_text(config))
     check_servers(config.generation)
+    if config.generation.generation_backend == "local":
+        check_flash(config.model, policy.configuration(config.model), policy.pick_device(config.model.device))
     chat = policy.load_chat(config.model)
     loaded = load(config.data, chat, need="prompts")
     bars.say(loaded.summary(), "dim")
@@ -138,8 +141,8 @@ def writing(config: Config, chat: Chat, folder: Path, bars: Bars) -> Iterator[Wr
                 "server: " + ", ".join(f"{what} {count:,}" for what, count in writer.tally.items() if count), "dim"
             )
         return
-    with watched(config):
-        model = policy.load_model(config.model, policy.pick_device(config.model), computed_in(config)).eval()
+    with watched(config, "generation_batch_size"):
+        model = policy.load_model(config.model, policy.pick_device(config.model.device), computed_in(config)).eval()
         yield LocalWriter(
             lambda: contextlib.nullcontext(model),
             source=lambda: name,
@@ -159,14 +162,14 @@ def rank_responses(config: Config, bars: Bars) -> Path:
     files = shards_of(keys.responses, "responses")
     ledger = Journal(folder)
     about: dict[str, Any] = {"tick": bars.moved, "say": bars.say, "spent": ledger.spent_on_judging()}
-    judge = make_judge(config, policy.pick_device(config.model), **about)
+    judge = make_judge(config, policy.pick_device(config.model.device), **about)
     if not isinstance(judge, Bench):
         raise ValueError("no judge: add --judge (verifier, reward_model, pairrm, llm, human)")
     told = keys.comparisons_per_response, keys.swiss_turns
     if reason := cannot_rank(keys.ranking, judge, *told):
         raise ValueError(reason)
     context = Context({}, Seeds(keys.seed), 0, judge)
-    with bars.stage("rank", None, unit="answers"):
+    with watched(config, "judge_batch_tokens"), bars.stage("rank", None, unit="answers"):
         for file in files:
             ranked, judgments = folder / file.name, folder / "judgments"
             if ranked.exists():

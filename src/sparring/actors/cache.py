@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
+from sparring.model.scores import refuse_others
+
 NAME = "sparring_columns"
 ROOM = 128  # columns that a new cache has to spare, at most
 TOGETHER = 8  # rows that attend together on a CPU, at least, however much their lengths differ
@@ -149,8 +151,7 @@ def column_attention(
     Keys times queries, in this order, is on a CPU faster than PyTorch's attention.
     NotImplementedError for attention sinks and position biases.
     """
-    if any(others.get(name) is not None for name in ("s_aux", "position_bias", "sinks")) or dropout:
-        raise NotImplementedError("attention sinks, position biases and dropout are not computed column by column")
+    refuse_others(others, dropout)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     columns.windows.add(sliding_window)
     end, groups = columns.end + 1, key.shape[1]

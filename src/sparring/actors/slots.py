@@ -22,6 +22,7 @@ from sparring.actors.cache import Piece, Recorder
 from sparring.actors.packed import GONE, Batch, Row, differs
 from sparring.model.attention import Kind, implementing
 from sparring.model.compiling import allow
+from sparring.model.scores import refuse_others
 from sparring.transfer import moved
 
 NAME = "sparring_slots"
@@ -118,8 +119,7 @@ def slot_attention(
 
     NotImplementedError for attention sinks and position biases.
     """
-    if any(others.get(name) is not None for name in ("s_aux", "position_bias", "sinks")) or dropout:
-        raise NotImplementedError("attention sinks, position biases and dropout are not computed slot by slot")
+    refuse_others(others, dropout)
     rows, groups = key.shape[:2]
     heads = query.view(rows, groups, -1, query.shape[3])  # a group's heads share its keys, which are read once
     scores = torch.matmul(heads, key.transpose(2, 3)) * (query.shape[3] ** -0.5 if scaling is None else scaling)

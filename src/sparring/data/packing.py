@@ -111,8 +111,8 @@ def padded_size(group: Group) -> int:
 def pack(groups: Sequence[Group], device: torch.device, *, even: bool = False) -> Packed:
     """``groups`` in one row.
 
-    ``even``: with a filler at the end that nothing looks at, so that rows come in few lengths and what is compiled for a length
-    is used again: eight of them in each octave, from 128 on.
+    ``even``: with a filler at the end that nothing looks at, so that rows come in few lengths, in whole blocks of 128: eight
+    lengths in each octave, from 128 on.
     """
     ids: list[Tokens] = []
     positions: list[Tensor] = []

@@ -148,7 +148,7 @@ def held_out(model: Path, file: Path, bars: Bars) -> HeldOut:
     config = ModelConfig(model_name_or_path=str(model))
     chat = policy.load_chat(config)
     prompts: list[Prompt] = load(_data(file), chat, need="responses").prompts
-    loaded = policy.load_model(config, policy.pick_device(config))
+    loaded = policy.load_model(config, policy.pick_device("auto"))
     with bars.stage("evaluate", 3 * len(prompts), unit="rows") as tick:
         return evaluate(loaded, chat, prompts, EVALUATE, verifier.score, batch_size=200, tick=tick)
 

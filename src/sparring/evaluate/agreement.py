@@ -10,6 +10,7 @@ from typing import Any
 from sparring.config import Config, DataConfig
 from sparring.data.datasets import question
 from sparring.data.files import read
+from sparring.failures import watched
 from sparring.judges.bench import Bench
 from sparring.judges.make import make_judge
 from sparring.keys import key
@@ -77,12 +78,12 @@ def agreement(config: Config, bars: Bars) -> Agreement:
     keys = config.method
     if not keys.pairs:
         raise ValueError("pairs is missing: name a file with prompt, chosen and rejected")
-    judge = make_judge(config, policy.pick_device(config.model), tick=bars.moved, say=bars.say)
+    judge = make_judge(config, policy.pick_device(config.model.device), tick=bars.moved, say=bars.say)
     if isinstance(judge, NoJudge):
         raise ValueError("no judge: add --judge (verifier, reward_model, pairrm, llm, human)")
     found = list(comparisons(list(_first(keys.pairs, keys.max_pairs)), Seeds(keys.seed)))
     verdicts: list[Verdict] = []
-    with bars.stage("judge", None, unit="answers"):
+    with watched(config, "judge_batch_tokens"), bars.stage("judge", None, unit="answers"):
         for first in range(0, len(found), TOGETHER):
             some = found[first : first + TOGETHER]
             for (_, turned), verdict in zip(some, judge.compare([each for each, _ in some]), strict=True):

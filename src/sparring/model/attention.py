@@ -17,13 +17,18 @@ from transformers import AttentionInterface
 
 from sparring.data.packing import ROOT, Packed, Segment
 from sparring.model.compiling import allow
-from sparring.model.flash import NAMES, sequences
+from sparring.model.flash import NAMES, depth_of, sequences
+from sparring.model.scores import refuse_others
 from sparring.transfer import moved
 
 Kind = Literal["segments", "flex", "flash_attention_2", "flash_attention_3", "dense"]
 NAME = "sparring_segments"
 FUNCTIONS = {"segments": NAME, "flex": "flex_attention", **NAMES}  # by which models attend, as transformers knows them
-SHAPES = 64  # lengths of rows that FlexAttention is compiled for, before it would fall back to dense scores
+SHAPES = (
+    64  # programs of FlexAttention, before it would fall back to dense scores: PyTorch makes a second length's for all
+)
+SMALL = 114_688  # bytes of a processor's shared memory that its own tiles for the backward pass take, of heads deeper than 128
+TILES = dict.fromkeys(("bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2"), 32)
 LAYERS = {"full_attention", "sliding_attention"}  # the types of layers that can be packed
 ROWS = 256  # queries in one block: keys after a block's end are never touched
 
@@ -62,21 +67,34 @@ def implementing(model: Any, name: str) -> Iterator[None]:
             config._attn_implementation = before[i]
 
 
-def inputs(model: Any, packed: Packed, kind: Kind) -> dict[str, Any]:
-    """The keywords of a forward pass of the model's backbone over ``packed``."""
+def unmasked(model: Any, packed: Packed) -> dict[str, Any]:
+    """The keywords of a forward pass over ``packed``, but for what says who sees whom; NotImplementedError for strange layers."""
     strange = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - LAYERS
     if strange:
         raise NotImplementedError(f"layers of {', '.join(sorted(strange))}")
-    words: dict[str, Any] = {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "use_cache": False}
-    if kind == "dense":
-        return words
+    return {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "use_cache": False}
+
+
+def inputs(model: Any, packed: Packed, kind: Kind) -> dict[str, Any]:
+    """The keywords of a forward pass of the model's backbone over ``packed``."""
+    words, device = unmasked(model, packed), packed.input_ids.device
     if kind == "flex":
-        return words | {"attention_mask": _flex_masks(model, packed)}
+        return words | {"attention_mask": _flex_masks(model, packed)} | tiles(model.config.get_text_config(), device)
     # A mask of four dimensions is taken as it is, so none is made; ours is in the segments.
     words["attention_mask"] = packed.input_ids.new_ones(1, 1, 1, 1)
+    if kind in NAMES:
+        return words | {"sequences": sequences(packed.segments, device)}
     if kind == "segments":
         return words | {"segments": packed.segments}
-    return words | {"sequences": sequences(packed.segments, packed.input_ids.device)}
+    raise NotImplementedError(f"a packed row is not laid out as {kind}")
+
+
+def tiles(config: Any, device: torch.device) -> dict[str, Any]:
+    """Smaller tiles for FlexAttention's backward pass, where PyTorch's own do not fit: deep heads on small cards."""
+    if device.type != "cuda" or depth_of(config) <= 128:
+        return {}
+    room = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", SMALL)
+    return {"kernel_options": TILES} if room < SMALL else {}
 
 
 def segment_attention(
@@ -98,8 +116,7 @@ def segment_attention(
     Plain float32 goes through PyTorch's kernel, bfloat16, windows and soft-capped scores through :class:`Blocks`, which in bfloat16
     is faster on a CPU. NotImplementedError for attention sinks and position biases.
     """
-    if any(others.get(name) is not None for name in ("s_aux", "position_bias", "sinks")) or dropout:
-        raise NotImplementedError("attention sinks, position biases and dropout are not computed segment by segment")
+    refuse_others(others, dropout)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     longest = max(
         s.stop - s.start + (segments[s.parent].stop - segments[s.parent].start if s.parent != ROOT else 0)

@@ -15,17 +15,21 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PretrainedConfig
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
 
+from sparring.config import ModelConfig
 from sparring.data.packing import ROOT, Segment
+from sparring.model.compiling import first_line
+from sparring.model.scores import refuse_others
 from sparring.transfer import moved
 
 PACKAGES = {
     "flash_attention_2": ("flash-attn", is_flash_attn_2_available),
     "flash_attention_3": ("flash-attn-3", is_flash_attn_3_available),
 }
+HERE = {"cuda"}  # the devices that it computes on
 NAMES = {kernel: f"sparring_{kernel}" for kernel in PACKAGES}
 
 
@@ -95,9 +99,9 @@ def flash_attention(
 
     NotImplementedError for attention sinks and position biases.
     """
-    if any(others.get(name) is not None for name in ("s_aux", "position_bias", "sinks")) or dropout:
-        raise NotImplementedError("attention sinks, position biases and dropout are not computed by FlashAttention")
-    places, bounds, longest = sequences
+    refuse_others(others, dropout)
+    (places, bounds, longest), depth = sequences, value.shape[3]
+    value = torch.nn.functional.pad(value, (0, query.shape[3] - depth))  # the library has one depth for all
     out: Tensor = _flash_attention_forward(
         query.transpose(1, 2),
         laid(key, places),
@@ -114,7 +118,7 @@ def flash_attention(
         max_length_k=longest[1],
         attn_implementation=kernel,
     )
-    return out, None
+    return out[..., :depth], None
 
 
 for kernel, name in NAMES.items():
@@ -136,15 +140,44 @@ def masters_loaded() -> Iterator[None]:
         log.removeFilter(other)
 
 
-def check_flash(kernel: str, device: torch.device, dtype: str) -> None:
-    """Raise ValueError where ``kernel`` is FlashAttention, and cannot compute in ``dtype`` on ``device``."""
+def check_flash(config: ModelConfig, about: PretrainedConfig, device: torch.device) -> None:
+    """Raise ValueError where ``config`` asks for FlashAttention, and it cannot attend so on ``device`` over ``about``'s heads.
+
+    One small pass, forward and backward, is tried: a package may be there, and not fit PyTorch, the device or the heads.
+    """
+    kernel = config.attn_implementation
     if kernel not in PACKAGES:
         return
     package, available = PACKAGES[kernel]
     name, other = f"attn_implementation is {kernel}", "leave it at sdpa, which needs no package"
-    if device.type != "cuda":
+    if device.type not in HERE:
         raise ValueError(f"{name}, which runs on CUDA alone, and this device is {device}: {other}")
-    if dtype == "float32":
+    if config.dtype == "float32":
         raise ValueError(f"{name}, which cannot compute in float32: give --dtype bfloat16, or {other}")
     if not available():
-        raise ValueError(f"{name}, and the package {package} is not installed: install it, or {other}")
+        raise ValueError(
+            f"{name}, and no package {package} is installed that transformers takes: install it, or {other}"
+        )
+    try:
+        _try(kernel, about.get_text_config(), device)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError, ImportError, AttributeError) as problem:
+        raise ValueError(f"{name}, and it fails on this device ({first_line(problem)}): {other}") from problem
+
+
+def _try(kernel: str, about: Any, device: torch.device) -> None:
+    """A trunk and two branches through ``kernel``; what it raises here is raised."""
+    heads, depth = about.num_attention_heads, depth_of(about)
+    groups = getattr(about, "num_key_value_heads", None) or heads
+    segments = [Segment(0, 2), Segment(2, 5, 0), Segment(5, 6, 0)]
+    words: dict[str, Any] = {"dtype": torch.bfloat16, "device": device, "requires_grad": True}
+    query, key, value = (torch.zeros(1, count, 6, depth, **words) for count in (heads, groups, groups))
+    laid_out = sequences(segments, device)
+    out, _ = flash_attention(None, query, key, value, None, kernel=kernel, sequences=laid_out)
+    out.sum().backward()
+
+
+def depth_of(about: Any) -> int:
+    """Numbers in a query of one head."""
+    return int(getattr(about, "head_dim", None) or about.hidden_size // about.num_attention_heads)

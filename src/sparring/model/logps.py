@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparring.data.packing import Group, Packed, Padded, micro_batches, pack, packed_size, pad, padded_size
 from sparring.model.attention import Kind, attending, inputs
+from sparring.model.compiling import first_line
 from sparring.model.head import Head
 
 LossOf = Callable[[int, int, Tensor], Tensor]  # (first, last, sums [r, 2] of those groups) -> their share of the loss
@@ -140,7 +141,7 @@ def checked(
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, AttributeError, KeyError, ValueError) as problem:
-        return dense, f"dense layout, since this model cannot be packed: {problem}"
+        return dense, f"dense layout, since this model cannot be packed: {first_line(problem)}"
     finally:
         model.train(was_training)
     limit = 1e-3 if dtype == torch.float32 and device.type == "cpu" else 5e-2

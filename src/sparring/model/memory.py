@@ -1,15 +1,11 @@
-"""How much memory a device has left, and what to do where there is none."""
+"""How much memory a device has left."""
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-
-from sparring.config import Config
 
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
@@ -59,26 +55,3 @@ def _of_group(folder: Path) -> int | None:
         if most != "max":
             return max(0, int(most) - now + int(stat.get(idle, 0)))  # files that were read are given up first
     return None
-
-
-def exhausted(problem: torch.OutOfMemoryError, config: Config) -> str:
-    """That memory ran out, and what takes less of it without moving the result."""
-    keys = {
-        "max_tokens_per_micro_batch": config.training.max_tokens_per_micro_batch,
-        "generation_batch_size": config.generation.generation_batch_size,
-    }
-    if config.judging.judge in ("reward_model", "pairrm"):
-        keys["judge_batch_tokens"] = config.judging.judge_batch_tokens
-    now = ", ".join(f"{name} ({value:,})" if isinstance(value, int) else name for name, value in keys.items())
-    layers = "" if config.training.gradient_checkpointing else ", or give gradient_checkpointing true"
-    reason = ". ".join(str(problem).split(". ")[:3])  # which is how much was wanted, and how much there is
-    return f"memory ran out ({reason}): lower {now}{layers}"
-
-
-@contextlib.contextmanager
-def watched(config: Config) -> Iterator[None]:
-    """Say what to do where the device's memory runs out, as an OSError."""
-    try:
-        yield
-    except torch.OutOfMemoryError as problem:
-        raise OSError(exhausted(problem, config)) from problem

@@ -86,7 +86,7 @@ ALONE = World()
 def joined(device: str, environment: Mapping[str, str] = os.environ) -> Iterator[World]:
     """The world that torchrun, ``accelerate launch`` or Slurm's srun has started this process in; alone where none has.
 
-    Raises ValueError where a machine has fewer CUDA devices than processes.
+    Raises ValueError where a machine has fewer CUDA devices than processes, unless Slurm gives each of them its own.
     """
     found = launched(environment)
     if found is None or dist.is_initialized():
@@ -100,8 +100,9 @@ def joined(device: str, environment: Mapping[str, str] = os.environ) -> Iterator
     cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if cuda:
         number, here = world.local_rank, torch.cuda.device_count()
-        if number >= here and _by_slurm(environment):
-            number = 0  # srun shows each task its own devices alone (--gpus-per-task), and their numbers begin at 0
+        on_node = int(environment.get("SLURM_GPUS_ON_NODE", 0))
+        if _by_slurm(environment) and ("SLURM_GPUS_PER_TASK" in environment or 0 < here < on_node):
+            number = 0  # each task is shown its own devices alone, and their numbers begin at 0
         if number >= here:
             raise ValueError(
                 f"process {number} of this machine has no CUDA device ({here} are here): "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -18,7 +19,7 @@ from sparring.config import ModelConfig
 from sparring.data.chat import Chat
 from sparring.model import gated, linear, norm
 from sparring.model.adapter_folder import find_adapter
-from sparring.model.flash import check_flash, masters_loaded
+from sparring.model.flash import masters_loaded
 from sparring.records import Prompt
 
 
@@ -29,32 +30,27 @@ def load_model(config: ModelConfig, device: torch.device, dtype: torch.dtype = t
     """
     adapter = find_adapter(config)
     check_causal(config)
-    if device.type == "meta":
-        with device:
-            words = {"attn_implementation": config.attn_implementation, "trust_remote_code": config.trust_remote_code}
-            empty: Any = AutoModelForCausalLM.from_config(configuration(config), dtype=dtype, **words)
-        return prepared(empty)
-    if adapter is not None:
+    if adapter is not None and device.type != "meta":
         return prepared(adapter.merged(load_model(adapter.base, device, dtype)))
-    where = _found(config)
+    words: dict[str, Any] = {
+        "dtype": dtype,
+        "attn_implementation": config.attn_implementation,
+        "trust_remote_code": config.trust_remote_code,
+    }
     try:
-        with masters_loaded():
-            model = AutoModelForCausalLM.from_pretrained(
-                where,
-                revision=config.model_revision,
-                dtype=dtype,
-                attn_implementation=config.attn_implementation,
-                trust_remote_code=config.trust_remote_code,
-                use_safetensors=True,
-            )
+        with masters_loaded(), device if device.type == "meta" else contextlib.nullcontext():
+            if device.type == "meta":
+                empty: Any = AutoModelForCausalLM.from_config(configuration(config), **words)
+                return prepared(empty)
+            where, more = _found(config), {"revision": config.model_revision, "use_safetensors": True}
+            model: Any = AutoModelForCausalLM.from_pretrained(where, **more, **words)
     except OSError as problem:
         raise ValueError(
             f"{config.model_name_or_path} has no weights in safetensors ({problem}): convert them; pickled weights are never read"
         ) from problem
     except ImportError as problem:  # its own code, or the attention that is asked for, needs a package
         raise ValueError(f"{config.model_name_or_path} cannot be loaded here: {problem}") from problem
-    placed: Any = model
-    return prepared(placed.to(device))
+    return prepared(model.to(device))
 
 
 def check_causal(config: ModelConfig) -> None:
@@ -177,12 +173,8 @@ def room(about: Any, prompts: Sequence[Prompt], max_length: int) -> int:
     return min(max_length, limit)
 
 
-def pick_device(config: ModelConfig, model: Any = None) -> torch.device:
-    """The device that ``auto``, ``cpu`` or ``cuda:1`` names; ValueError where it is not here, or cannot attend so.
-
-    ``model`` is a model object, which says itself how it attends.
-    """
-    name = config.device
+def pick_device(name: str) -> torch.device:
+    """The device that ``auto``, ``cpu`` or ``cuda:1`` names; ValueError where this machine lacks it."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -196,8 +188,6 @@ def pick_device(config: ModelConfig, model: Any = None) -> torch.device:
         )
     if device.type == "cuda" and (device.index or 0) >= count:
         raise ValueError(f"device is {name!r}, and there are {count}, numbered from 0: use cuda:{count - 1}")
-    how = config.attn_implementation if model is None else model.config._attn_implementation
-    check_flash(how, device, config.dtype)
     return device
 
 

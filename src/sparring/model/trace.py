@@ -12,7 +12,6 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,19 +19,18 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, PretrainedConfig
+from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig
 
 from sparring.config import AdapterConfig, ModelConfig
 from sparring.data.packing import Group, Packed, Padded, pack, packed_size, pad
-from sparring.model.attention import ROWS, Kind, attending, inputs
-from sparring.model.flash import NAMES, laid, sequences
+from sparring.model.attention import Kind, attending, inputs, unmasked
 from sparring.model.head import CACHED, KEPT, WIDE, gradient
 from sparring.model.logps import padded_logps
 from sparring.model.policy import prepared
 from sparring.model.roles import checkpointing, serving
+from sparring.model.stand_in import let_stand_in
 from sparring.records import tokens
 
-STAND_IN = "sparring_stand_in"
 GROUPS = 4  # in the row that is gone through
 
 
@@ -62,7 +60,7 @@ class Shape:
 
     @property
     def by_kernel(self) -> bool:
-        """Whether PyTorch's kernel on segments is gone through, and not what :class:`_StandIn` says of attention."""
+        """Whether PyTorch's kernel on segments is gone through, and not its stand-in."""
         return self.kind == "segments" and self.dtype == torch.float32
 
 
@@ -100,7 +98,7 @@ def passes(shape: Shape, budget: int) -> Passes:
     with _model(shape) as worker:
         layout = _fake(whole)
         if shape.kind != "dense":
-            _let_stand_in(worker, shape, layout)
+            let_stand_in(worker, shape.kind, shape.longest, layout)
         how: Kind = "segments" if shape.by_kernel else "dense"
         with Live([*worker.parameters(), *worker.buffers()]) as live, attending(worker, how):
             with torch.no_grad():
@@ -188,21 +186,11 @@ def adapted(model: Any, config: AdapterConfig) -> Any:
     return with_adapter(model, config, None, ModelConfig(), 0).get_base_model()
 
 
-def _let_stand_in(worker: Any, shape: Shape, layout: Any) -> None:
-    keys, seen = shape.longest if shape.kind == "segments" else 0, None
-    if shape.kind in NAMES and (places := sequences(layout.segments, torch.device("cpu")).places) is not None:
-        seen = torch.empty(places.shape, dtype=places.dtype)
-    AttentionInterface.register(STAND_IN, partial(_attention, keys=keys, seen=seen))
-    for module in worker.modules():
-        if hasattr(module, "config"):
-            module.config._attn_implementation = STAND_IN
-
-
 def _forward(shape: Shape, worker: Any, layout: Any) -> Tensor:
     """The final hidden states of the tokens that predict, [N, H]; in the dense layout the log-probs, [N]."""
     if isinstance(layout, Padded):
         return padded_logps(worker, layout)
-    words = inputs(worker, layout, "segments" if shape.by_kernel else "dense")
+    words = inputs(worker, layout, "segments") if shape.by_kernel else unmasked(worker, layout)
     states: Tensor = worker.base_model(**words).last_hidden_state[0]
     return states[layout.scored.predictors]
 
@@ -253,43 +241,3 @@ def _fake(layout: Packed | Padded) -> Any:
         )
 
     return replace(faked(layout), scored=faked(layout.scored))
-
-
-class _StandIn(torch.autograd.Function):
-    """What attention keeps and makes, in one step for each layer."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, keys: int) -> Tensor:
-        ctx.keys, out = keys, torch.empty_like(query)
-        if keys:
-            _scores(query, keys, 2)
-            ctx.save_for_backward(query, key, value)
-        else:
-            ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        query, key, value, *_ = ctx.saved_tensors
-        d_query = torch.empty_like(query)
-        d_key, d_value = (torch.empty_like(t, dtype=torch.float32 if ctx.keys else t.dtype) for t in (key, value))
-        if ctx.keys:
-            _scores(query, ctx.keys, 3)
-        return d_query, d_key.to(key.dtype), d_value.to(value.dtype), None
-
-
-def _scores(query: Tensor, keys: int, times: int) -> list[Tensor]:
-    return [query.new_empty(query.shape[1], min(ROWS, query.shape[2]), keys) for _ in range(times)]
-
-
-def _attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *, keys: int, seen: Tensor | None, **others: Any
-) -> tuple[Tensor, None]:
-    """[1, H, T, D] -> [1, T, H, D]; ``keys`` above 0: scores of so many at a time, as :class:`Blocks` has them, else none.
-
-    FlexAttention and FlashAttention keep query, key, value, the output and a float32 for each head and token; the latter
-    keys and values at the places that are ``seen``.
-    """
-    if seen is not None:
-        key, value = laid(key, seen), laid(value, seen)
-    return _StandIn.apply(query, key, value, keys).transpose(1, 2).contiguous(), None  # type: ignore[no-untyped-call]

@@ -14,10 +14,11 @@ from rich.text import Text
 from sparring.config import Config
 from sparring.data.datasets import load
 from sparring.evaluate.held_out import HeldOut, Sample, interval, load_and_evaluate
+from sparring.failures import watched
 from sparring.judges.verifier import load_verifier
 from sparring.model import policy
 from sparring.model.adapter_folder import find_adapter
-from sparring.model.memory import watched
+from sparring.model.flash import check_flash
 from sparring.progress import Bars
 from sparring.report.terminal import safe
 
@@ -25,7 +26,8 @@ from sparring.report.terminal import safe
 def evaluation_report(config: Config, *, quiet: bool = False) -> RenderableType:
     """Evaluate the model of ``config`` on its data set, and show what was found."""
     verify = load_verifier(config.method.verifier) if config.method.verifier else None
-    device = policy.pick_device(config.model)
+    device = policy.pick_device(config.model.device)
+    check_flash(config.model, policy.configuration(config.model), device)
     chat = policy.load_chat(config.model)
     loaded = load(config.data, chat, need="responses")
     bars = Bars(quiet)
@@ -36,7 +38,7 @@ def evaluation_report(config: Config, *, quiet: bool = False) -> RenderableType:
         keys = config.generation
         options: dict[str, Any] = {"batch_size": keys.generation_batch_size, "cache": keys.cache_implementation}
         options |= {"tick": tick, "say": lambda text: bars.say(text, "dim")}
-        with watched(config):
+        with watched(config, "generation_batch_size"):
             result = load_and_evaluate(config, device, loaded.prompts, chat, verify, **options)
     return evaluation_view(config.model.model_name_or_path, result, config.method.show)
 

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from sparring.config import Config
 from sparring.model import policy
+from sparring.model.flash import check_flash
 from sparring.model.plan import MARGIN, Phase, Plan, expected, fitting, gigabytes
 
 PHASES: dict[Phase, str] = {
@@ -24,7 +25,8 @@ PHASES: dict[Phase, str] = {
 def plan_of(config: Config, processes: int = 1) -> Plan:
     """The plan of one of the run's ``processes``, from the model's own configuration alone; ValueError where there can be none."""
     policy.check_causal(config.model)
-    about, device = policy.configuration(config.model), policy.pick_device(config.model)
+    about, device = policy.configuration(config.model), policy.pick_device(config.model.device)
+    check_flash(config.model, about, device)
     try:
         return fitting(config, about, device, expected(config, about), processes=processes)
     except NotImplementedError as problem:
