@@ -24,10 +24,8 @@ from sparring.transfer import moved
 Kind = Literal["segments", "flex", "flash_attention_2", "flash_attention_3", "dense"]
 NAME = "sparring_segments"
 FUNCTIONS = {"segments": NAME, "flex": "flex_attention", **NAMES}  # by which models attend, as transformers knows them
-SHAPES = (
-    64  # programs of FlexAttention, before it would fall back to dense scores: PyTorch makes a second length's for all
-)
-SMALL = 114_688  # bytes of a processor's shared memory that its own tiles for the backward pass take, of heads deeper than 128
+SHAPES = 64  # programs of FlexAttention, before it would fall back to dense scores
+SMALL = 114_688  # bytes of shared memory that PyTorch's own tiles for its backward pass take, of heads deeper than 128
 TILES = dict.fromkeys(("bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2"), 32)
 LAYERS = {"full_attention", "sliding_attention"}  # the types of layers that can be packed
 ROWS = 256  # queries in one block: keys after a block's end are never touched

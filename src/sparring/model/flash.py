@@ -101,7 +101,8 @@ def flash_attention(
     """
     refuse_others(others, dropout)
     (places, bounds, longest), depth = sequences, value.shape[3]
-    value = torch.nn.functional.pad(value, (0, query.shape[3] - depth))  # the library has one depth for all
+    if depth < query.shape[3]:  # the library has one depth for all
+        value = torch.nn.functional.pad(value, (0, query.shape[3] - depth))
     out: Tensor = _flash_attention_forward(
         query.transpose(1, 2),
         laid(key, places),
