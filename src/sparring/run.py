@@ -45,9 +45,8 @@ def train(
     if model is not None:
         keys["model_name_or_path"] = str(Path(keys.get("output_dir", "")).resolve() / "start")
         how = model.config._attn_implementation
-        keys |= (
-            {"attn_implementation": how} if how in KERNELS else {}
-        )  # so that it attends alike when the run is resumed
+        if how in KERNELS:  # so that it attends alike when the run is resumed
+            keys["attn_implementation"] = how
     if train_dataset is not None:
         keys["dataset_name"] = str(Path(keys.get("output_dir", "")).resolve() / "data.jsonl")
     if judge is not None:
