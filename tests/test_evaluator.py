@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from toyrun import counting, toy_folder, write_lines, write_rows
 
-from sparring.config import DataConfig, ModelConfig
+from sparring.config import DataConfig, ModelConfig, resolve
 from sparring.data import parquet
 from sparring.data.datasets import load
-from sparring.evaluate.held_out import Evaluate, evaluate
+from sparring.evaluate.held_out import Evaluate, evaluate, load_and_evaluate
+from sparring.failures import watched
 from sparring.judges.base import Answers
 from sparring.methods.spin import SPIN
 from sparring.methods.sppo import SPPO
@@ -163,3 +165,29 @@ def test_a_run_that_was_judged_by_an_object_wants_it_again(files: dict[str, Path
 def test_what_is_no_judge_is_refused_with_what_it_lacks(files: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="has no name, identity, everywhere, tally, compare, symmetric"):
         train(SPAR, judge=lambda a, b: 0.5, **KEYS, **names(files, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(("dtype", "computes"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_evaluate_computes_in_the_precision_that_is_asked_for(
+    dtype: str, computes: torch.dtype, tmp_path: Path
+) -> None:
+    folder = toy_folder(tmp_path / "model")
+    keys, parts = {"model_name_or_path": str(folder), "dtype": dtype}, ("model", "data", "generation")
+    config = resolve(Evaluate(max_new_tokens=4), {}, keys, parts=parts)
+    chat = policy.load_chat(config.model)
+    prompts = load(DataConfig(dataset_name=str(write_rows(tmp_path / "rows.jsonl", 3))), chat, need="responses").prompts
+    seen: list[torch.dtype] = []
+    load_and_evaluate(
+        config, torch.device("cpu"), prompts, chat, None, tick=lambda count: None, batch_size=3, cache="dynamic"
+    )
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("sparring.evaluate.held_out.evaluate", lambda model, *given, **more: seen.append(model.dtype))
+        load_and_evaluate(config, torch.device("cpu"), prompts, chat, None)
+    assert seen == [computes]
+
+
+def test_memory_that_runs_out_there_names_a_key_that_it_has(tmp_path: Path) -> None:
+    config = resolve(Evaluate(), {}, {"model_name_or_path": "m"}, parts=("model", "data", "generation"))
+    told = r"memory ran out \(CUDA out of memory\): lower generation_batch_size \(64\)$"
+    with pytest.raises(OSError, match=told), watched(config, "generation_batch_size"):
+        raise torch.OutOfMemoryError("CUDA out of memory")

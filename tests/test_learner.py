@@ -343,3 +343,11 @@ def test_warmup_steps_override_the_ratio_and_a_rollback_s_scale_reaches_the_opti
     made = learner(DPO(), tiny_llama(), learning_rate=0.5, warmup_ratio=0.0, lr_scheduler_type="constant")
     assert made.update(PAIRS, 0, rate_scale=0.25)["learning_rate"] == 0.125
     assert {group["lr"] for optimizer in made.optimizers for group in optimizer.param_groups} == {0.125}
+
+
+def test_the_layout_of_another_kind_of_device_is_found_out_anew() -> None:
+    for before, after in (("flex", "segments"), ("flash_attention_2", "segments"), ("dense", "dense")):
+        made = learner(DPO(), tiny_llama())
+        made.layout = before  # type: ignore[assignment]
+        made.update([pair([5, 6], [7, 8, 9], [7, 10])], 0)
+        assert made.layout == after
