@@ -6,6 +6,7 @@ python tests/measured.py '{"method": "dpo", "hidden_size": 256, "dtype": "bfloat
 import ctypes
 import gc
 import json
+import os
 import random
 import re
 import sys
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from sparring.config import resolve
 from sparring.learner import Learner
 from sparring.methods import method
-from sparring.model.parallel import ALONE
+from sparring.model.parallel import World, joined
 from sparring.model.plan import expected, fitting
 from sparring.model.policy import prepared
 from sparring.model.start import computed_in, make_roles
@@ -63,14 +64,16 @@ def pairs(count: int, longest: int, vocabulary: int, rejected: bool, seed: int =
     return made
 
 
-def play(config: Any, shape: dict[str, Any], batches: list[int]) -> None:
+def play(config: Any, shape: dict[str, Any], batches: list[int], world: World) -> None:
     """A model in its roles, and updates of it on so many pairs each; a single pair is short, and makes the optimizer's state."""
     torch.manual_seed(0)
     cadence = config.method.cadence(config.training.batch_size, 100)
     held = computed_in(config) if config.adapter.use_peft else torch.float32  # a frozen base is held as it computes
-    policy = prepared(AutoModelForCausalLM.from_config(llama(shape), dtype=held).eval())
     device = torch.device("cpu")
-    roles = make_roles(config, policy, cadence.ema_decay, cadence.reference, say=str, world=ALONE, device=device)
+    with device if world.main else torch.device("meta"):
+        policy = prepared(AutoModelForCausalLM.from_config(llama(shape), dtype=held).eval())
+    roles = make_roles(config, policy, cadence.ema_decay, cadence.reference, say=str, world=world, device=device)
+    del policy
     learner = Learner(roles, config.method, config.training, pad_id=0, total_steps=20)
     every = config.training.term_grad_norm_steps or 1  # terms are told apart in each of these updates
     for number, count in enumerate(batches):
@@ -87,15 +90,15 @@ def status(name: str) -> int:
     return 1024 * int(found[1])
 
 
-def main() -> None:
+def main(world: World) -> None:
     """Warm up on a model of no size, so that code is loaded; then measure."""
     given = json.loads(sys.argv[1])
     shape = SHAPE | {key: given.pop(key) for key in SHAPE if key in given}
     config = resolve(method(given.pop("method", "dpo")), KEYS | given)
     small = {"vocab_size": 256, "hidden_size": 32, "layers": 1, "heads": 2, "kv_heads": 2, "tied": False}
-    play(config, small, [1])
+    play(config, small, [1], world)
     about = llama(shape)
-    planned = fitting(config, about, torch.device("cpu"), expected(config, about))
+    planned = fitting(config, about, torch.device("cpu"), expected(config, about), processes=world.size)
     libc = ctypes.CDLL(None)
     libc.mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: what is freed goes back at once
     libc.mallopt(-1, 2**17)  # M_TRIM_THRESHOLD
@@ -103,14 +106,19 @@ def main() -> None:
     libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
-    play(config, shape, [1, config.training.batch_size])
+    play(config, shape, [1, config.training.batch_size], world)
+    if world.size > 1 and world.main:  # which held the whole start as well
+        return
     parts = {part.name: part.size for part in planned.parts}
     print(
         json.dumps(
             {"peak": planned.peak, "measured": status("VmHWM") - before, "planned": planned.needed, "parts": parts}
-        )
+        ),
+        flush=True,
     )
 
 
 if __name__ == "__main__":
-    main()
+    with joined("cpu") as here:
+        main(here)
+    os._exit(0)  # as the command line ends one of several processes

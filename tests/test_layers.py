@@ -16,8 +16,8 @@ LAYERS = """
     methods.preference
     methods.rounds
     metrics model.dry progress interrupt
-    methods actors judges archive learner model.plan checkpoint journal monitor card
-    failures
+    methods actors judges archive learner model.parts checkpoint journal monitor card
+    failures model.plan
     evaluate.held_out evaluate.agreement probe reference merge writers
     evaluate loop
     results

@@ -18,7 +18,9 @@ from sparring.cli import main
 from sparring.config import Config, resolve
 from sparring.methods import METHODS, method
 from sparring.model import memory, plan
-from sparring.model.plan import Lengths, Plan, expected, fitting, lengths_of, with_budget
+from sparring.model import parts as model_parts
+from sparring.model.parts import Lengths
+from sparring.model.plan import Plan, expected, fitting, lengths_of, with_budget
 from sparring.model.trace import Shape, passes, writing
 from sparring.records import Prompt, Response, tokens
 from sparring.run import resume, train
@@ -117,7 +119,7 @@ def test_a_model_that_needs_numbers_has_no_plan_and_runs_without_one(monkeypatch
     def refuses(shape: Shape, budget: int) -> Any:
         raise NotImplementedError("llama cannot be gone through")
 
-    monkeypatch.setattr(plan, "passes", refuses)
+    monkeypatch.setattr(model_parts, "passes", refuses)
     said: list[str] = []
     prompt = Prompt(0, "", tokens([1] * 9), Response("", tokens([1] * 9), "human"))
     made = with_budget(configured("sft"), tiny(), CPU, [prompt], 256, said.append)
@@ -139,14 +141,34 @@ MEASURED: list[dict[str, Any]] = [
 ]
 
 
+# Of two processes, each of which has the four pairs that one has above.
+DIVIDED: list[dict[str, Any]] = [
+    {"method": "sapo", "vocab_size": 8192, "hidden_size": 384, "layers": 4, "per_device_train_batch_size": 8},
+    {"dtype": "bfloat16", "vocab_size": 4096, "hidden_size": 320, "layers": 4, "per_device_train_batch_size": 8},
+    {
+        "use_peft": True,
+        "lora_shard_base": True,
+        "vocab_size": 16384,
+        "hidden_size": 384,
+        "layers": 4,
+        "per_device_train_batch_size": 8,
+    },
+]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are measured by Linux's own count")
-@pytest.mark.parametrize("given", MEASURED, ids=lambda given: " ".join(map(str, given.values())))
-def test_the_plan_is_within_15_percent_of_the_measured_peak(given: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("launcher", "given"),
+    [([], given) for given in MEASURED] + [(TORCHRUN, given) for given in DIVIDED],
+    ids=lambda given: " ".join(map(str, given.values())) if isinstance(given, dict) else str(len(given)),
+)
+def test_the_plan_is_within_15_percent_of_the_measured_peak(launcher: list[str], given: dict[str, Any]) -> None:
     script = Path(__file__).with_name("measured.py")
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1] / "src")}
-    done = subprocess.run(
-        [sys.executable, script, json.dumps(given)], env=environment, capture_output=True, text=True, check=False
-    )
+    environment |= {"OMP_NUM_THREADS": "1"} if launcher else {}
+    command = [sys.executable, *launcher, str(script), json.dumps(given)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["planned"] == pytest.approx(result["measured"], rel=0.15), result
@@ -162,6 +184,26 @@ def test_auto_takes_no_smaller_micro_batch_where_there_is_more_room_and_the_pair
     assert not planned(free=int(needed * 0.01), max_length=200).fits
     assert planned(max_length=3000).tokens == 6000  # above what saturates
     assert planned(max_tokens_per_micro_batch=700, free=1).tokens == 700
+
+
+def test_a_base_is_divided_over_the_processes_only_where_a_whole_one_does_not_fit() -> None:
+    def of(processes: int, free: int, **keys: Any) -> Plan:
+        config, about = configured(use_peft=True, max_tokens_per_micro_batch=512, **keys), tiny(num_hidden_layers=4)
+        return fitting(config, about, CPU, expected(config, about), free, processes)
+
+    whole = of(8, 2**40)
+    assert whole.lora_shard_base is False
+    frozen = parts(whole)["base"]
+    short = int(of(8, 1, lora_shard_base=True).needed / (1 - plan.MARGIN)) + 1
+    divided = of(8, short)
+    assert (divided.lora_shard_base, divided.fits) == (True, True)
+    assert parts(divided)["base"] == frozen // 8
+    assert [parts(divided)[name] / parts(whole)[name] for name in ("adapter", "optimizer", "gradients")] == [1, 1, 1]
+    layer = (frozen - 64_000 * 4 - 64 * 4) // 4
+    assert parts(divided)["gathered layers"] == frozen - 4 * layer + 2 * layer  # embeddings, the last norm, two layers
+    assert not of(1, short).fits
+    assert of(1, short).lora_shard_base == "auto"
+    assert not of(8, short, lora_shard_base=False).fits
 
 
 def test_where_nobody_knows_the_memory_auto_saturates_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,14 @@ from toyrun import toy_folder, write_rows
 from two import CASES, DEVICE, METHODS, play
 
 from sparring.checkpoint import found
+from sparring.config import AdapterConfig, ModelConfig
+from sparring.model import policy
+from sparring.model.adapters import with_adapter
 from sparring.model.parallel import ALONE, World, gathered, joined, launched, shard
 
 pytestmark = pytest.mark.xdist_group("two processes")  # what two processes make for many tests is made once
 
+CPU, RANK_4 = torch.device("cpu"), AdapterConfig(use_peft=True, lora_r=4)
 TESTS = Path(__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 QUIET = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -61,7 +66,7 @@ def test_two_processes_make_the_updates_of_one_with_ema_and_moving_reference_and
     assert mine.keys() == theirs.keys()
     assert mine["figures"][0, 0] != mine["figures"][3, 0]  # it learns something
     assert len(mine["written"].unique(dim=0)) > len(mine["written"]) / 3
-    half = case == "bf16"  # sums in bfloat16 depend on who adds up which, and so may what is written
+    half = "bf16" in case  # sums in bfloat16 depend on who adds up which, and so may what is written
     both = theirs.pop("written"), mine.pop("written")
     assert half or torch.equal(*both)
     for key in mine:
@@ -157,6 +162,29 @@ def test_what_is_gathered_reads_the_same_every_time_and_is_empty_afterwards(tmp_
         dist.destroy_process_group()
 
 
+def test_no_more_than_one_layer_is_whole_while_a_model_is_divided(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = tiny_llama(num_hidden_layers=6, tie_word_embeddings=False)
+    sent: weakref.WeakSet[object] = weakref.WeakSet()
+    most = 0
+
+    def broadcast(value: torch.Tensor, source: int) -> None:
+        nonlocal most
+        sent.add(value.untyped_storage())
+        most = max(most, sum(storage.nbytes() for storage in sent))  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(dist, "broadcast", broadcast)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    try:
+        shard(start, World(0, 1, 0), CPU, computes=torch.float32)
+    finally:
+        dist.destroy_process_group()
+    layer = sum(4 * p.numel() for p in start.model.layers[0].parameters())
+    around = sum(4 * p.numel() for p in start.parameters()) - 6 * layer
+    assert max(layer, around) <= most < max(layer, around) + layer
+
+
 def test_a_killed_process_ends_the_job_with_a_clear_error_and_the_run_resumes_to_the_bit(
     whole_run: Path, inputs: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -198,6 +226,36 @@ def test_a_run_of_two_goes_on_as_one_and_a_run_of_one_as_two(inputs: tuple[Path,
         assert [line for line in after if "loss" in line][-1]["step"] == KEYS["max_steps"]
         kept = [line for line in before[:shared] if line.get("step", 0) <= 2]
         assert after[: len(kept)] == kept
+
+
+def test_a_divided_base_changes_nothing_also_where_it_starts_from_an_adapter_and_is_resumed(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    adapted = with_adapter(
+        policy.load_model(ModelConfig(str(inputs[0])), CPU), RANK_4, None, ModelConfig(str(inputs[0])), 3
+    )
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.05)
+    adapted.save_pretrained(tmp_path / "adapter")
+    launches = {}
+    for name, divided in (("whole", "false"), ("divided", "true")):
+        launches[name] = words(tmp_path / "adapter", inputs[1], tmp_path / name, TORCHRUN)
+        launches[name] += ["--use_peft", "--lora_shard_base", divided]
+    done = run(launches["whole"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "the base is divided" not in done.stderr
+    job = subprocess.Popen(launches["divided"], stderr=subprocess.PIPE, text=True, env=QUIET)
+    while not found(tmp_path / "divided" / "checkpoints") and job.poll() is None:
+        time.sleep(0.01)
+    job.send_signal(signal.SIGTERM)
+    assert "the base is divided over 2 processes" in job.communicate(timeout=120)[1]
+    assert not (tmp_path / "divided" / "model").exists()
+    done = run([*TORCHRUN, "-m", "sparring", "resume", str(tmp_path / "divided")])
+    assert done.returncode == 0, done.stdout + done.stderr
+    for file in ("model/adapter_model.safetensors", "model_ema/adapter_model.safetensors", "metrics.jsonl"):
+        assert (tmp_path / "divided" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
 
 
 def _worker(launcher: int, rank: int) -> int:

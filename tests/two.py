@@ -36,6 +36,13 @@ CASES: dict[str, dict[str, Any]] = {
     "untied, checkpointed": {"tied": False, "gradient_checkpointing": True},
     "bf16": {"dtype": torch.bfloat16},
     "lora": {"lora": True},
+    "lora, divided": {"lora": True, "divided": True},
+    "lora, divided, bf16, checkpointed": {
+        "lora": True,
+        "divided": True,
+        "dtype": torch.bfloat16,
+        "gradient_checkpointing": True,
+    },
     "one pair": {"pairs": PAIRS[:1]},
     "compiled": {"torch_compile": True},
     "static": {"cache": "static"},
@@ -72,15 +79,16 @@ def play(name: str, world: World, dtype: torch.dtype = torch.float32, **keys: An
     pairs, cache = keys.pop("pairs", PAIRS), keys.pop("cache", "dynamic")
     shape = {"num_key_value_heads": 1, "tie_word_embeddings": keys.pop("tied", True)}
     parts: dict[str, Any] = {"ema_decay": 0.5, "reference": True, "dtype": dtype, "world": world}
-    if keys.pop("lora", False):
-        start = with_adapter(
-            tiny_llama(**shape).to(DEVICE), AdapterConfig(use_peft=True, lora_r=4), None, ModelConfig(), 7
-        )
-        roles: Roles = AdapterRoles(start, moving=True, adapted=False, **parts)
+    lora, divided = keys.pop("lora", False), keys.pop("divided", False) and world.size > 1
+    with torch.device("cpu" if world.main or (lora and not divided) else "meta"):
+        start = tiny_llama(**shape)
+    if lora:
+        start = with_adapter(start.to(dtype), AdapterConfig(use_peft=True, lora_r=4), None, ModelConfig(), 7)
+    start = start if divided or (world.size > 1 and not lora) else start.to(DEVICE)
+    if lora:
+        more = {"divided_on": DEVICE} if divided else {}
+        roles: Roles = AdapterRoles(start, moving=True, adapted=False, **parts, **more)
     else:
-        with torch.device("cpu" if world.main else "meta"):
-            start = tiny_llama(**shape)
-        start = start.to(DEVICE) if world.size == 1 else start
         roles = Roles(start, device=DEVICE, **parts)
     pieces.LEAST = 1  # the batches are small, and what is compiled is to be used
     # AdamW makes a step of a gradient that is all but 0, and of its rounding: of one in a hundred thousandth of the others', say.

@@ -49,6 +49,9 @@ class AdapterConfig:
     lora_target_modules: str | None = key(
         None, "What is adapted: all-linear, or modules as q_proj,v_proj; none: as the start's adapter, else all-linear"
     )
+    lora_shard_base: bool | Literal["auto"] = key(
+        "auto", "Divide the base over the processes (FSDP2); auto: where a whole one in each would not fit"
+    )
 
 
 @dataclass(frozen=True)
@@ -307,8 +310,8 @@ def resolve(method: type | Any, *layers: Mapping[str, Any], parts: Iterable[str]
     config = Config(method=kind(**(base | _mine(kind, chosen))), **made)
     for part in (config.method, *made.values()):
         check(part)
-    for name in ("lora_r", "lora_alpha", "lora_target_modules"):
-        if getattr(config.adapter, name) is not None and not config.adapter.use_peft:
+    for name in [f.name for f in dataclasses.fields(AdapterConfig) if not config.adapter.use_peft]:
+        if getattr(config.adapter, name) != getattr(AdapterConfig(), name):
             raise ValueError(f"{name} says nothing without use_peft: add use_peft, or leave {name} out")
     return config
 

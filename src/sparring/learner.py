@@ -21,7 +21,7 @@ from sparring.metrics import Tally, describe, log_probs
 from sparring.model.attention import Kind, kind_for
 from sparring.model.logps import Scorer, checked
 from sparring.model.optim import learning_rate, make_optimizers
-from sparring.model.parallel import local, together
+from sparring.model.parallel import local, together, unhooked
 from sparring.model.pieces import compile_pieces
 from sparring.model.roles import Roles, checkpointing
 from sparring.records import Pair
@@ -134,7 +134,7 @@ class Learner:
         if self._scorer is None:
             with together(self.roles.worker):
                 parts = self.roles.worker, groups, self.pad_id, self.device, self.roles.dtype
-                self._scorer, words = checked(kind, *parts, learns=self.roles.divided.size == 1)
+                self._scorer, words = checked(kind, *parts, learns=unhooked(self.roles.worker) is self.roles.worker)
             if self.roles.world.any(self._scorer.kind == "dense"):  # all processes have to make the same passes
                 self._scorer = Scorer("dense", self.pad_id, self.device)
             self.layout = self._scorer.kind

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import time
@@ -103,6 +104,8 @@ class Session:
         } | ({} if judge is None else {"judge_fingerprint": judge.identity})
         kept = "none" if self.reference_first else self.cadence.reference
         roles = make_roles(config, start, self.cadence.ema_decay, kept, say=self._say, world=world, device=device)
+        del start
+        gc.collect()  # of a divided model the main process had a whole one
         self.learner = Learner(
             roles, self.method, config.training, pad_id=self.chat.pad_id, total_steps=self.total_steps, say=self._say
         )

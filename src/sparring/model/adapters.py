@@ -21,10 +21,11 @@ from torch import Tensor
 from sparring.config import AdapterConfig, ModelConfig
 from sparring.keys import nearest
 from sparring.model.adapter_folder import CONFIG, WEIGHTS, AdapterFolder, refuse_tied
-from sparring.model.parallel import ALONE, World
+from sparring.model.parallel import ALONE, World, divide, empty, gathered, together
 from sparring.model.roles import Role, Roles
 
 POLICY = "default"  # the name that PEFT gives an adapter by itself
+ADAPTED = ".lora_"  # in the name of every weight of an adapter, and of no other
 RANK, ALPHA, MODULES = 16, 32, "all-linear"  # TRL's defaults, over all linear layers
 
 
@@ -82,31 +83,38 @@ class AdapterRoles(Roles):
         adapted: bool,
         dtype: torch.dtype,
         world: World = ALONE,
+        divided_on: torch.device | None = None,
     ) -> None:
         """All roles start as copies of the adapter of ``model``, a PeftModel; ``adapted``: it came with the start.
 
-        Every process of ``world`` has all of it, and gradients are added up.
+        Every process of ``world`` has the whole of it, or all adapters and a part of the base on the device ``divided_on``, filled
+        from the main process's ``model``, which elsewhere may be without storage. Gradients are added up.
         """
-        self._model = model
-        self.policy = self.worker = model.get_base_model()
+        own = reference and (moving or adapted)
+        names = [name for name, there in (("ema", ema_decay), ("reference", own)) if there]
+        for name in names:
+            _add(model, name)
+        models = [model] if divided_on is None else _divided(model, world, divided_on, dtype)
+        self._model, self._tuners = models[0], [one.base_model for one in models]
+        self.policy = self.worker = self._model.get_base_model()
         self.dtype, self.ema_decay, self.world, self.divided = dtype, ema_decay, world, ALONE
         self.known: dict[int, Tensor] = {}
-        self.learnt = Adapter(model, POLICY)
-        self.ema = self._copy("ema") if ema_decay else None
-        self.reference = self._copy("reference") if reference and (moving or adapted) else None
-        self._bare = reference and self.reference is None
+        self.learnt = Adapter(self._model, POLICY)
+        kept = {name: Adapter(self._model, name) for name in names}
+        self.ema, self.reference = kept.get("ema"), kept.get("reference")
+        self._bare = reference and not own
         self._switch(POLICY)
 
     @contextlib.contextmanager
     def playing(self, role: Role, *, alone: bool = False) -> Iterator[Any]:
-        """The model in ``role``, for forward passes without gradient; every process makes them by itself."""
+        """The model in ``role``, for forward passes without gradient; of a divided base as :class:`Roles` has it."""
         kept = {"ema": self.ema, "reference": self.reference}.get(role) is not None
         was_training = self.policy.training
         self.policy.eval()
-        with torch.no_grad():
+        with torch.no_grad(), (gathered if alone else together)(self.policy) as playing:
             self._switch(None if role == "reference" and self._bare else role if kept else POLICY)
             try:
-                yield self.policy
+                yield playing
             finally:
                 self._switch(POLICY)
         self.policy.train(was_training)
@@ -117,20 +125,32 @@ class AdapterRoles(Roles):
 
     def _switch(self, name: str | None) -> None:
         """Let the layers read the adapter ``name``, or none; the policy's alone takes gradients."""
-        tuner = self._model.base_model
-        if name is None:
-            tuner.disable_adapter_layers()
-        else:
-            tuner.enable_adapter_layers()
-            tuner.set_adapter(name, inference_mode=name != POLICY)
+        for tuner in self._tuners:
+            if name is None:
+                tuner.disable_adapter_layers()
+            else:
+                tuner.enable_adapter_layers()
+                tuner.set_adapter(name, inference_mode=name != POLICY)
 
-    def _copy(self, name: str) -> Adapter:
-        lora = copy.deepcopy(self._model.peft_config[POLICY])
-        with _drawing_from(0):
-            self._model.add_adapter(name, lora)
-        made = Adapter(self._model, name)
-        torch._foreach_copy_(made.parameters(), self.learnt.parameters())
-        return made
+
+def _add(model: Any, name: str) -> None:
+    """Lay one more adapter on ``model``, a copy of the policy's."""
+    hollow = _hollow(model)
+    with _drawing_from(0), torch.device("meta") if hollow else contextlib.nullcontext():
+        model.add_adapter(name, copy.deepcopy(model.peft_config[POLICY]))
+    if not hollow:
+        torch._foreach_copy_(Adapter(model, name).parameters(), Adapter(model, POLICY).parameters())
+
+
+def _divided(model: Any, world: World, device: torch.device, dtype: torch.dtype) -> list[Any]:
+    """A PeftModel like ``model``, its base divided over the processes, and an empty one for passes that each makes alone."""
+    base = model.get_base_model()
+    both = [_laid_on(empty(base, dtype), copy.deepcopy(model.peft_config[POLICY]), 0) for _ in range(2)]
+    for one in both:
+        for name in list(model.peft_config)[1:]:
+            _add(one, name)
+    divide(*(one.get_base_model() for one in both), base, world, device, everywhere=ADAPTED)
+    return both
 
 
 def with_adapter(model: Any, config: AdapterConfig, source: AdapterFolder | None, base: ModelConfig, seed: int) -> Any:
@@ -138,7 +158,7 @@ def with_adapter(model: Any, config: AdapterConfig, source: AdapterFolder | None
 
     ``base`` is where ``model`` lies. ValueError where ``config`` contradicts the adapter, or names modules that are not there.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
     names = config.lora_target_modules
     modules = None if names is None else _modules(model, names)
@@ -154,26 +174,40 @@ def with_adapter(model: Any, config: AdapterConfig, source: AdapterFolder | None
         lora = source.lora()
     refuse_tied(model, lora.target_modules)
     lora.base_model_name_or_path = getattr(model, "name_or_path", None) or None
-    with _drawing_from(seed), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        try:
-            adapted: Any = get_peft_model(model, lora)
-        except ValueError as problem:  # a kind of module that cannot be adapted
-            raise ValueError(f"no LoRA adapter can be laid on this model: {problem}") from problem
+    try:
+        adapted = _laid_on(model, lora, seed)
+    except ValueError as problem:  # a kind of module that cannot be adapted
+        raise ValueError(f"no LoRA adapter can be laid on this model: {problem}") from problem
     if source is not None:
         _refuse_contradictions(config, modules, adapted, source.name)
-        source.fill(adapted)
+        if not _hollow(adapted):
+            source.fill(adapted)
     made = adapted.peft_config[POLICY]
     made.base_model_name_or_path = base.model_name_or_path
     made.revision = None if base.model_revision == "main" else base.model_revision
     return adapted
 
 
+def _laid_on(model: Any, lora: Any, seed: int) -> Any:
+    """``model`` as a PeftModel with a new adapter."""
+    from peft import get_peft_model
+
+    with _drawing_from(seed), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "The PEFT config's `base_model_name_or_path` was renamed", UserWarning)
+        return get_peft_model(model, lora)
+
+
+def _hollow(model: Any) -> bool:
+    """Whether it is without storage."""
+    return bool(next(model.parameters()).is_meta)
+
+
 def described(model: Any) -> str:
     """An adapter's size, for people."""
     lora = model.peft_config[POLICY]
     mine = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    base = sum(p.numel() for name, p in model.named_parameters() if ".lora_" not in name)
+    base = sum(p.numel() for name, p in model.named_parameters() if ADAPTED not in name)
     places = len(model.base_model.targeted_module_names)
     return f"LoRA of rank {lora.r}, alpha {lora.lora_alpha}, on {places} modules: {mine:,} weights beside {base:,} frozen ones"
 

@@ -127,60 +127,85 @@ def shard(
 ) -> Any:
     """A copy of ``start`` of which every process holds a part of each weight (FSDP2), filled from the main process's weights.
 
-    Elsewhere ``start`` may be without storage. Weights are held in one precision and gathered in another to compute. Layers are
-    filled one after the other, so that no process ever has more than one of them whole.
+    Elsewhere ``start`` may be without storage. Weights are held in one precision and gathered in another to compute.
+    """
+    made, alone = empty(start, held, trains=trains), empty(start, held)
+    divide(made, alone, start, world, device, computes=None if computes == held else computes)
+    return made
+
+
+def divide(
+    made: Any,
+    alone: Any,
+    start: Any,
+    world: World,
+    device: torch.device,
+    *,
+    computes: torch.dtype | None = None,
+    everywhere: str | None = None,
+) -> None:
+    """Fill ``made``, a model without storage, with the main process's weights of ``start``, and divide each over the processes.
+
+    Layers are filled one after the other, so that no process ever has more than one of them whole. ``alone``, empty and stays so,
+    is what :func:`unhooked` gives. Weights are gathered in the precision ``computes``, where that is not the one they are held in;
+    those whose names have ``everywhere`` in them are not divided.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-    made, alone = _empty(start), _empty(start)
+    assert all(weight.is_meta for weight in made.parameters()), "what has storage would not be filled"
     source = {**dict(start.named_parameters(remove_duplicate=False)), **dict(start.named_buffers())}
     known: dict[int, nn.Parameter] = {}
 
     def fill(module: nn.Module, name: str) -> None:
         """Give the module's own weights and buffers storage, and the main process's values."""
         for kind in (module._parameters, module._buffers):
-            for own, empty in list(kind.items()):
-                if empty is None or not empty.is_meta:
+            for own, bare in list(kind.items()):
+                if bare is None or not bare.is_meta:
                     continue
-                dtype = held if kind is module._parameters else empty.dtype
-                value = torch.empty(empty.shape, dtype=dtype, device=device)
+                value = torch.empty(bare.shape, dtype=bare.dtype, device=device)
                 if world.main:
                     value.copy_(source[f"{name}{own}"].detach())
                 dist.broadcast(value, 0)
                 if kind is module._buffers:
                     module._buffers[own] = value
                 else:
-                    if id(empty) not in known:
-                        known[id(empty)] = nn.Parameter(value, requires_grad=trains)
-                    module._parameters[own] = known[id(empty)]
+                    if id(bare) not in known:
+                        known[id(bare)] = nn.Parameter(value, requires_grad=bare.requires_grad)
+                    module._parameters[own] = known[id(bare)]
+
+    def sharded(module: nn.Module, **more: Any) -> None:
+        apart = {p for name, p in module.named_parameters() if everywhere is not None and everywhere in name}
+        fully_shard(module, ignored_params=apart or None, **words, **more)
 
     words: dict[str, Any] = {"mesh": init_device_mesh(device.type, (world.size,))}
-    if computes != held:
+    if computes is not None:
         words["mp_policy"] = MixedPrecisionPolicy(param_dtype=computes, reduce_dtype=torch.float32)
     blocks = set(made._no_split_modules or ())
     for name, layer in made.named_modules():
         if type(layer).__name__ in blocks:
             for inner, module in layer.named_modules(prefix=name):
                 fill(module, f"{inner}.")
-            fully_shard(layer, **words)
+            sharded(layer)
+            known.clear()  # what is whole goes before the next one comes
     for name, module in made.named_modules():
         fill(module, f"{name}." if name else "")
-    fully_shard(made, reshard_after_forward=False, **words)  # the head is used after the forward pass
+    sharded(made, reshard_after_forward=False)  # the head is used after the forward pass
     made.sparring_backbone = made.base_model.forward  # what the hooks of the whole stand around
     register_fsdp_forward_method(made, "sparring_backbone")
     # Buffers of its own, since some models change theirs as they read.
     for mine, full in zip(alone.modules(), made.modules(), strict=True):
         mine._buffers = {n: None if tensor is None else tensor.clone() for n, tensor in full._buffers.items()}
     object.__setattr__(made, "sparring_plain", alone.eval())  # past nn.Module, so that it is no submodule
-    return made
 
 
-def _empty(like: Any) -> Any:
-    """A model of the same kind and settings, without storage."""
+def empty(like: Any, held: torch.dtype, *, trains: bool = False) -> Any:
+    """A model of the same kind and settings, without storage, its weights in ``held``."""
     with torch.device("meta"):
         made = type(like)(like.config)
     made.tie_weights()
     made.generation_config = like.generation_config
+    for weight in made.requires_grad_(trains).parameters():  # not the buffers, such as rotary frequencies
+        weight.data = weight.data.to(held)
     return prepared(made.train(like.training))
 
 

@@ -2,42 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
-from sparring.config import Config, TrainingConfig
+from sparring.config import Config
 from sparring.data.packing import Group, packed_size
-from sparring.methods.base import Cadence, Method, reference_goes_first
-from sparring.model.attention import kind_for
-from sparring.model.dry import asked, terms
+from sparring.methods.base import Method, reference_goes_first
+from sparring.model.dry import asked
 from sparring.model.memory import available
-from sparring.model.optim import state_bytes, step_bytes
 from sparring.model.parallel import ALONE, World
-from sparring.model.start import computed_in
-from sparring.model.trace import Shape, adapted, passes, writing
+from sparring.model.parts import Lengths, Part, Parts, Phase
 from sparring.records import Prompt
 
 MARGIN = 0.1  # of what is available stays free: allocators leave gaps, and others use the machine too
 # Matrix products of so many rows keep the whole device busy; a choice, of which the one for CUDA is yet to be measured.
 SATURATED = {"cpu": 2048, "cuda": 32768}
 LEAST = 256  # tokens below which no micro-batch goes by itself: weights are read anew for each one
-
-Phase = Literal["always", "update", "glance", "writing"]
-
-
-@dataclass(frozen=True)
-class Part:
-    """Bytes that something takes, and when: always, or in one of three phases of which no two are at once."""
-
-    name: str
-    size: int
-    phase: Phase
-    note: str
 
 
 @dataclass(frozen=True)
@@ -48,6 +32,7 @@ class Plan:
     tokens: int  # of a micro-batch
     device: str
     available: int | None  # bytes, as the run begins; None: nobody knows
+    lora_shard_base: bool | Literal["auto"] = "auto"  # auto: nothing to decide
 
     @property
     def peak(self) -> Phase:
@@ -86,15 +71,6 @@ def gigabytes(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
-@dataclass(frozen=True)
-class Lengths:
-    """How long what is trained on can be, in tokens."""
-
-    sequence: int  # the longest prompt with its response
-    pair: int  # what the longest pair may take of a micro-batch
-    source: str  # where that comes from, for error messages
-
-
 def fitting(
     config: Config,
     about: PretrainedConfig,
@@ -114,12 +90,37 @@ def fitting(
         method, training = config.method, config.training
         first = reference_goes_first(method, method.cadence(training.batch_size, 1))
         reference_first = training.precompute_ref_log_probs and first
-    made = _planner(config, about, device, lengths, free, processes, reference_first)
-    chosen = config.training.max_tokens_per_micro_batch
-    if chosen != "auto":
-        return made(chosen)
-    budget, least = saturated(device, lengths), max(LEAST, lengths.pair)
-    while not (planned := made(budget)).fits and budget > least:
+    ways: tuple[bool | Literal["auto"], ...] = (config.adapter.lora_shard_base,)
+    if config.adapter.use_peft and processes > 1 and ways == ("auto",):
+        ways = False, True
+    for way in ways:
+        tried = replace(config, adapter=replace(config.adapter, lora_shard_base=way))
+        planned = _largest(tried, about, device, lengths, free, processes, reference_first)
+        if planned.fits:
+            break
+    return planned
+
+
+def _largest(
+    config: Config,
+    about: PretrainedConfig,
+    device: torch.device,
+    lengths: Lengths,
+    free: int | None,
+    processes: int,
+    reference_first: bool,
+) -> Plan:
+    """The plan at the budget that is named, or at the largest that fits; at the least one where none does."""
+    parts, chosen = (
+        Parts(config, about, device, lengths, processes, reference_first),
+        config.training.max_tokens_per_micro_batch,
+    )
+    budget, least = (saturated(device, lengths), max(LEAST, lengths.pair)) if chosen == "auto" else (chosen, chosen)
+
+    def made() -> Plan:
+        return Plan(tuple(parts.at(budget)), budget, str(device), free, config.adapter.lora_shard_base)
+
+    while not (planned := made()).fits and budget > least:
         budget = max(budget // 2, least)
     return planned
 
@@ -135,7 +136,9 @@ def with_budget(
     *,
     reference_first: bool = False,
 ) -> Config:
-    """``config`` with the micro-batch that fits where it says auto, to be saved and resumed so; ``say`` is told of the plan.
+    """``config`` with the micro-batch, and the base whole or divided, that fit where it says auto, to be saved and resumed so.
+
+    ``say`` is told of the plan.
 
     ValueError where auto finds none that fits, or the longest pair does not go into the budget that somebody chose; for memory's
     sake that is never refused.
@@ -157,6 +160,7 @@ def with_budget(
     else:
         say(str(made))
         chosen = made.tokens
+        config = replace(config, adapter=replace(config.adapter, lora_shard_base=made.lora_shard_base))
         if auto and not made.fits:
             raise ValueError(
                 f"{config.model.model_name_or_path or 'the model'} {made}, and a micro-batch must take {lengths.source}. Try "
@@ -200,96 +204,3 @@ def lengths_of(prompts: Sequence[Prompt], method: Method, max_length: int, seque
         )
     pair, row = max((packed_size(Group(p.token_ids, known[p.id])), p.id) for p in prompts)
     return Lengths(sequence, pair, f"row {row}, whose pair has {pair} tokens")
-
-
-def _planner(
-    config: Config,
-    about: PretrainedConfig,
-    device: torch.device,
-    lengths: Lengths,
-    free: int | None,
-    processes: int,
-    reference_first: bool,
-) -> Callable[[int], Plan]:
-    """The plan as a function of the budget; what does not depend on it is found once."""
-    method, training = config.method, config.training
-    cadence: Cadence = method.cadence(training.batch_size, 1)
-    sides, requests, longest = asked(method, lengths.sequence, config.data.max_length)
-    dtype = computed_in(config)
-    kind = kind_for(device, config.model.attn_implementation)
-    shape = Shape(
-        about,
-        dtype,
-        device,
-        kind,
-        lengths.sequence,
-        sides,
-        training.gradient_checkpointing,
-        config.model.trust_remote_code,
-        config.adapter if config.adapter.use_peft else None,
-    )
-    model = skeleton(about, config.model.trust_remote_code)
-    shards = 1 if config.adapter.use_peft else processes
-    if config.adapter.use_peft:
-        model = adapted(model, config.adapter)
-    kept_reference = "none" if reference_first else cadence.reference
-    always = standing(model, training, replace(cadence, reference=kept_reference), dtype, shards)
-    if requests:
-        per_round = cadence.prompts_per_round
-        rows = config.generation.generation_batch_size
-        rows = rows if per_round is None else min(rows, requests * per_round * cadence.generate_ahead)
-        cache, peak = writing(replace(shape, longest=longest), rows)
-        always.append(Part("KV cache", cache, "writing", f"{rows} sequences of {longest:,} tokens"))
-        always.append(Part("writing", peak - cache, "writing", "prompts read, tokens drawn"))
-        if shards > 1:
-            whole = dtype.itemsize * sum(p.numel() for p in model.parameters())
-            always.append(Part("gathered weights", whole, "writing", "every process writes with all of them"))
-    gradients = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad) // shards
-    most = training.batch_size * sides * lengths.sequence  # tokens of an update
-
-    def made(budget: int) -> Plan:
-        row = min(budget, most)
-        found = passes(shape, row)
-        peak = found.later if most > budget else found.first
-        peak = max(peak, gradients + step_bytes(model, training, device) // shards)
-        kept = max(0, min(found.kept, peak - gradients))
-        how = "recomputed layer by layer" if training.gradient_checkpointing else "kept for the backward pass"
-        parts = [
-            Part("gradients", gradients, "update", "float32"),
-            Part("activations", kept, "update", f"of {row:,} tokens, {how}"),
-            Part("work", peak - gradients - kept, "update", "logits, and a layer or the optimizer at its largest"),
-        ]
-        if training.term_grad_norm_steps and terms(method) > 1:
-            note = f"two more, each {training.term_grad_norm_steps} updates (term_grad_norm_steps)"
-            parts.append(Part("terms' gradients", 2 * gradients, "update", note))
-        if cadence.reference != "none":
-            parts.append(Part("reference's pass", found.glance, "glance", f"of {row:,} tokens"))
-        return Plan((*always, *parts), budget, str(device), free)
-
-    return made
-
-
-def skeleton(about: PretrainedConfig, trust_remote_code: bool = False) -> Any:
-    """The model without numbers."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(copy.deepcopy(about), trust_remote_code=trust_remote_code)
-
-
-def standing(model: Any, training: TrainingConfig, cadence: Cadence, dtype: torch.dtype, shards: int = 1) -> list[Part]:
-    """What is there for as long as the run is; ``dtype`` is that of the computation, of which frozen weights are."""
-    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters()) - learning
-    short, moves = str(dtype).removeprefix("torch."), cadence.reference in ("ema", "policy")
-    sizes: list[tuple[str, int, str]] = []
-    if frozen:
-        sizes.append(("base", dtype.itemsize * frozen, f"{frozen / 1e6:,.1f} million, frozen, {short}"))
-    sizes.append(("adapter" if frozen else "weights", 4 * learning, f"{learning / 1e6:,.1f} million, float32"))
-    if dtype != torch.float32 and not frozen and shards == 1:
-        sizes.append(("working copy", dtype.itemsize * learning, short))
-    if cadence.ema_decay:
-        sizes.append(("EMA", 4 * learning, "float32"))
-    if cadence.reference != "none" and (moves or not frozen):
-        sizes.append(("reference", (4 if frozen else dtype.itemsize) * learning, "float32" if frozen else short))
-    sizes.append(("optimizer", state_bytes(model, training), training.optim))
-    each = f", of {shards} parts one" if shards > 1 else ""
-    return [Part(name, size // shards, "always", note + each) for name, size, note in sizes]

@@ -28,13 +28,12 @@ def load_start(config: Config, device: torch.device, model: Any = None, world: W
             "the model object carries a PEFT adapter: save it, and give its folder as model_name_or_path; or merge it first, "
             "with model.merge_and_unload()"
         )
-    if not config.adapter.use_peft:
-        where = device if world.size == 1 else torch.device("cpu" if world.main else "meta")
-        return policy.load_model(config.model, where) if model is None else policy.adopt(model, where)
-    dtype = computed_in(config)
+    if shards(config, world):
+        device = torch.device("cpu" if world.main else "meta")
+    dtype = computed_in(config) if config.adapter.use_peft else torch.float32
     if model is not None:
         return policy.adopt(model, device, dtype)
-    source = find_adapter(config.model)
+    source = find_adapter(config.model) if config.adapter.use_peft else None
     if source is None:
         return policy.load_model(config.model, device, dtype)
     from sparring.model.adapters import with_adapter
@@ -70,7 +69,15 @@ def make_roles(
     say(described(start))
     moving = reference in ("ema", "policy")
     words: dict[str, Any] = {"reference": compares, "moving": moving, "adapted": adapted}
+    if shards(config, world):
+        say(f"the base is divided over {world.size} processes")
+        words["divided_on"] = device
     return AdapterRoles(start, ema_decay=ema_decay, dtype=dtype, world=world, **words)
+
+
+def shards(config: Config, world: World) -> bool:
+    """Whether every process of ``world`` holds but a part of the model, of LoRA its base."""
+    return world.size > 1 and (not config.adapter.use_peft or config.adapter.lora_shard_base is True)
 
 
 def computed_in(config: Config) -> torch.dtype:

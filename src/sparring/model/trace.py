@@ -42,6 +42,7 @@ class Passes:
     first: int  # an update's first micro-batch, whose gradients come into being
     later: int  # another one
     glance: int  # without gradient, as the reference's
+    back: int  # in the backward pass alone, after the head's
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Shape:
     checkpointing: bool = False
     trust_remote_code: bool = False
     adapter: AdapterConfig | None = None
+    divided: bool = False  # over processes: a weight's gradient leaves with its layer's, to be added up
 
     @property
     def by_kernel(self) -> bool:
@@ -102,19 +104,24 @@ def passes(shape: Shape, budget: int) -> Passes:
         how: Kind = "segments" if shape.by_kernel else "dense"
         with Live([*worker.parameters(), *worker.buffers()]) as live, attending(worker, how):
             with torch.no_grad():
-                _head(worker.eval(), _forward(shape, worker, layout), learns=False)
-            glance, peaks, kept = live.since(), [], 0
+                _head(shape, worker.eval(), _forward(shape, worker, layout), learns=False)
+            glance, peaks, kept, back = live.since(), [], 0, 0
             worker.train()
             if shape.checkpointing:
                 checkpointing(worker)
             for _ in range(2):
                 states = _forward(shape, worker, layout)
                 kept = kept or live.now
-                slope = _head(worker, states, learns=True)
+                slope = _head(shape, worker, states, learns=True)
+                before = live.since()
                 torch.autograd.backward(states, slope)
                 del states, slope
-                peaks.append(live.since())
-    return Passes(kept, peaks[0], peaks[1], glance)
+                back = live.since()
+                peaks.append(max(before, back))
+                if shape.divided:
+                    for weight in worker.parameters():
+                        weight.grad = None
+    return Passes(kept, peaks[0], peaks[1], glance, back)
 
 
 def writing(shape: Shape, rows: int) -> tuple[int, int]:
@@ -154,7 +161,12 @@ def _model(shape: Shape) -> Iterator[Any]:
                 worker = adapted(worker, shape.adapter)
         with FakeTensorMode(), torch.device(shape.device):
             _materialise(worker)
-            if shape.adapter is None and shape.dtype != torch.float32:
+            if shape.divided:
+                head = worker.get_output_embeddings().weight  # a gradient of its own, there from the first to the last
+                for weight in worker.parameters():
+                    if weight is not head:
+                        weight.register_post_accumulate_grad_hook(_leave)
+            elif shape.adapter is None and shape.dtype != torch.float32:
                 serving(worker, [torch.empty(p.shape, dtype=torch.float32) for p in worker.parameters()])
             yield worker
     except (RuntimeError, NotImplementedError, TypeError, AttributeError, KeyError) as problem:
@@ -164,6 +176,10 @@ def _model(shape: Shape) -> Iterator[Any]:
         ) from problem
     finally:
         log.disabled = False
+
+
+def _leave(weight: Any) -> None:
+    weight.grad = None
 
 
 def _materialise(worker: Any) -> None:
@@ -195,7 +211,7 @@ def _forward(shape: Shape, worker: Any, layout: Any) -> Tensor:
     return states[layout.scored.predictors]
 
 
-def _head(worker: Any, states: Tensor, *, learns: bool) -> Tensor:
+def _head(shape: Shape, worker: Any, states: Tensor, *, learns: bool) -> Tensor:
     """What :class:`sparring.model.head.Head` makes of ``states``, block by block; its thousand small steps are not gone through."""
     if states.ndim == 1:
         return torch.empty_like(states)
@@ -207,6 +223,8 @@ def _head(worker: Any, states: Tensor, *, learns: bool) -> Tensor:
         made.append(states.new_empty(CACHED.get(states.device.type, CACHED["cpu"]) // 4, dtype=torch.float32))
     if learns and weight.requires_grad:
         gradient(weight)
+        if shape.divided and states.dtype != torch.float32:  # beside the weight's own
+            made.append(torch.empty_like(weight, dtype=torch.float32))
         made += [states.new_empty(rows, states.shape[1], dtype=torch.float32) for _ in range(2)]
         if states.dtype != torch.float32:
             made.append(torch.empty_like(weight[:WIDE]))

@@ -12,7 +12,8 @@ from rich.text import Text
 from sparring.config import Config
 from sparring.model import policy
 from sparring.model.flash import check_flash
-from sparring.model.plan import MARGIN, Phase, Plan, expected, fitting, gigabytes
+from sparring.model.parts import Phase
+from sparring.model.plan import MARGIN, Plan, expected, fitting, gigabytes
 
 PHASES: dict[Phase, str] = {
     "always": "throughout",
