@@ -145,12 +145,12 @@ def _add(model: Any, name: str) -> None:
 def _divided(model: Any, world: World, device: torch.device, dtype: torch.dtype) -> list[Any]:
     """A PeftModel like ``model``, its base divided over the processes, and an empty one for passes that each makes alone."""
     base = model.get_base_model()
-    both = [_laid_on(empty(base, dtype), copy.deepcopy(model.peft_config[POLICY]), 0) for _ in range(2)]
-    for one in both:
-        for name in list(model.peft_config)[1:]:
-            _add(one, name)
-    divide(*(one.get_base_model() for one in both), base, world, device, everywhere=ADAPTED)
-    return both
+    made, alone = (_laid_on(empty(base, dtype), copy.deepcopy(model.peft_config[POLICY]), 0) for _ in range(2))
+    for name in list(model.peft_config)[1:]:
+        _add(made, name)
+        _add(alone, name)
+    divide(made.get_base_model(), alone.get_base_model(), base, world, device, everywhere=ADAPTED)
+    return [made, alone]
 
 
 def with_adapter(model: Any, config: AdapterConfig, source: AdapterFolder | None, base: ModelConfig, seed: int) -> Any:
