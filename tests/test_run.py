@@ -121,6 +121,24 @@ def test_objects_train_as_their_files_would(model: Path, rows: Path, tmp_path: P
     assert torch.equal(before, objects["model"].get_input_embeddings().weight)
 
 
+def test_an_object_and_a_name_for_the_same_are_refused(model: Path, rows: Path, tmp_path: Path) -> None:
+    given = AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager")
+    keys = SMALL | {
+        "dataset_name": rows,
+        "output_dir": tmp_path / "run",
+        "tokenizer": AutoTokenizer.from_pretrained(model),
+    }
+    with pytest.raises(ValueError, match=r"model and model_name_or_path are both given: .* leave one of them out"):
+        sparring.train(sparring.SFT, model=given, model_name_or_path=model, **keys)
+    with pytest.raises(ValueError, match="train_dataset and dataset_name are both given"):
+        sparring.train(sparring.SFT, model=given, train_dataset=[], **keys)
+    with pytest.raises(
+        ValueError, match=r"is sdpa, and the model object attends by eager: .*set_attn_implementation\('sdpa'\)"
+    ):
+        sparring.train(sparring.SFT, model=given, attn_implementation="sdpa", **keys)
+    assert not (tmp_path / "run").exists()
+
+
 def test_sft_learns_to_count(model: Path, rows: Path, tmp_path: Path) -> None:
     keys = SMALL | {"max_steps": 60, "learning_rate": 1e-2}
     run = sparring.train(sparring.SFT, model_name_or_path=model, dataset_name=rows, output_dir=tmp_path / "run", **keys)

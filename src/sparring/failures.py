@@ -15,13 +15,19 @@ from sparring.config import Config
 from sparring.model.parallel import lost
 
 # What `resume` may change: how the work is cut, which moves results by rounding alone.
-CHANGEABLE = ("max_tokens_per_micro_batch", "gradient_checkpointing", "generation_batch_size", "judge_batch_tokens")
+CHANGEABLE = (
+    "max_tokens_per_micro_batch",
+    "gradient_checkpointing",
+    "generation_batch_size",
+    "judge_batch_tokens",
+    "lora_shard_base",
+)
 SIGNS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def lasting(config: Config) -> list[tuple[str, Any]]:
     """How a run learns and writes, without what resuming may change."""
-    every = asdict(config.training) | asdict(config.generation)
+    every = asdict(config.training) | asdict(config.generation) | asdict(config.adapter)
     return [(name, value) for name, value in every.items() if name not in CHANGEABLE]
 
 
@@ -52,6 +58,9 @@ def exhausted(problem: Exception, config: Config, keys: tuple[str, ...]) -> str:
     for key in keys:
         if key == "gradient_checkpointing":
             found += [] if values[key] else ["give gradient_checkpointing true"]
+        elif key == "lora_shard_base":
+            divisible = values["use_peft"] and values[key] is not True
+            found += ["give lora_shard_base true to several processes"] if divisible else []
         elif key != "judge_batch_tokens" or config.judging.judge in ("reward_model", "pairrm", "policy"):
             found.append(f"lower {key} ({values[key]:,})" if isinstance(values[key], int) else f"lower {key}")
     reason = ". ".join(str(problem).split(". ")[:3])  # which is how much was wanted, and how much there is

@@ -42,9 +42,21 @@ def train(
     """
     layer = read_recipe(recipe) if recipe else {}
     layer.pop("method", None)
+    given_twice = {"model_name_or_path": ("model", model), "dataset_name": ("train_dataset", train_dataset)}
+    for key, (name, thing) in given_twice.items():
+        if thing is not None and key in keys:
+            raise ValueError(
+                f"{name} and {key} are both given: the object stands for the name, so leave one of them out"
+            )
     if model is not None:
         keys["model_name_or_path"] = str(Path(keys.get("output_dir", "")).resolve() / "start")
         how = model.config._attn_implementation
+        asked = (layer | keys).get("attn_implementation", how)
+        if asked != how:
+            raise ValueError(
+                f"attn_implementation is {asked}, and the model object attends by {how}: call its "
+                f"set_attn_implementation({asked!r}) first, or leave the key out"
+            )
         if how in KERNELS:  # so that it attends alike when the run is resumed
             keys["attn_implementation"] = how
     if train_dataset is not None:

@@ -135,7 +135,7 @@ class Session:
         )
         self.config = config = self.writers.config
         if later:
-            learns = self.about, config.method, config.adapter, config.run.seed, *lasting(config)
+            learns = self.about, config.method, config.run.seed, *lasting(config)
             judging["policy"] = partial(self.writers.as_judge, self.max_length, lambda: f"{learns} {self._stamp()}")
             self.judge = fitting(self.method, make_judge(config, device, **judging))
         self.context = Context(self.writers, self.seeds, self.max_length, self.judge)
