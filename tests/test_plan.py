@@ -134,10 +134,10 @@ def test_every_method_can_be_planned(name: str) -> None:
 
 MEASURED: list[dict[str, Any]] = [
     {"method": "dpo", "vocab_size": 32000, "hidden_size": 384},
-    {"method": "sapo", "dtype": "bfloat16", "vocab_size": 8192, "hidden_size": 512},
+    {"method": "sapo", "dtype": "bfloat16", "vocab_size": 4096, "hidden_size": 384, "layers": 4},
     {"method": "sft", "optim": "rmsprop", "vocab_size": 64000, "layers": 2, "max_tokens_per_micro_batch": 512},
-    {"method": "dpo", "dtype": "bfloat16", "gradient_checkpointing": True, "vocab_size": 48000, "hidden_size": 320},
-    {"method": "dpo", "dtype": "bfloat16", "use_peft": True, "vocab_size": 32000, "hidden_size": 640},
+    {"method": "dpo", "dtype": "bfloat16", "gradient_checkpointing": True, "vocab_size": 8192, "hidden_size": 320},
+    {"method": "dpo", "dtype": "bfloat16", "use_peft": True, "vocab_size": 4096, "hidden_size": 448, "layers": 4},
 ]
 
 
@@ -161,7 +161,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 @pytest.mark.parametrize(
     ("launcher", "given"),
     [([], given) for given in MEASURED] + [(TORCHRUN, given) for given in DIVIDED],
-    ids=lambda given: " ".join(map(str, given.values())) if isinstance(given, dict) else str(len(given)),
+    ids=lambda given: " ".join(map(str, given.values())) if isinstance(given, dict) else "two" if given else "one",
 )
 def test_the_plan_is_within_15_percent_of_the_measured_peak(launcher: list[str], given: dict[str, Any]) -> None:
     script = Path(__file__).with_name("measured.py")
@@ -204,6 +204,18 @@ def test_a_base_is_divided_over_the_processes_only_where_a_whole_one_does_not_fi
     assert not of(1, short).fits
     assert of(1, short).lora_shard_base == "auto"
     assert not of(8, short, lora_shard_base=False).fits
+    ways = [of(2, 1, lora_shard_base=way).needed for way in (False, True)]
+    assert of(2, 1).needed == min(ways)  # neither fits
+
+
+def test_a_micro_batch_that_saturates_comes_before_a_whole_base() -> None:
+    def of(free: int, base: bool | str) -> Plan:
+        config, about = configured(use_peft=True, lora_shard_base=base), tiny(num_hidden_layers=12)
+        return fitting(config, about, CPU, expected(config, about), free, 4)
+
+    free = int(of(2**40, True).needed / (1 - plan.MARGIN)) + 1  # a divided one with the largest micro-batch
+    assert of(free, False).tokens < of(free, True).tokens
+    assert (of(free, "auto").lora_shard_base, of(free, "auto").tokens) == (True, of(free, True).tokens)
 
 
 def test_where_nobody_knows_the_memory_auto_saturates_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

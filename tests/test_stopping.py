@@ -5,6 +5,7 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ import torch
 import yaml
 from toyrun import counting, toy_folder, write_lines, write_rows
 
+from sparring.config import resolve
+from sparring.failures import CHANGEABLE, exhausted, lasting
 from sparring.judges.base import Answers
 from sparring.learner import Learner
 from sparring.methods.base import Comparison, Method
+from sparring.methods.sapo import SAPO
 from sparring.methods.sppo import SPPO
 from sparring.methods.tso import TSO
 from sparring.model import policy
@@ -156,6 +160,12 @@ def test_where_memory_runs_out_it_says_what_to_lower_and_goes_on_with_that(
     with pytest.raises(OSError, match=told):
         train("sapo", **keys, output_dir=str(folder))
     assert "lower max_tokens_per_micro_batch" in json.loads((folder / "status.json").read_text())["message"]
+    lora = resolve(SAPO, {"use_peft": True, "lora_shard_base": False})
+    spent = torch.OutOfMemoryError("CUDA out of memory.")
+    assert exhausted(spent, lora, CHANGEABLE).endswith(", or give lora_shard_base true")
+    other = replace(lora, adapter=replace(lora.adapter, lora_shard_base=True))
+    assert "lora_shard_base" not in exhausted(spent, other, CHANGEABLE)
+    assert lasting(lora) == lasting(other)
     monkeypatch.undo()
     with pytest.raises(ValueError, match="resume cannot change learning_rate: of a run that has begun max_tokens"):
         resume(folder, quiet=True, changes={"learning_rate": 1.0})

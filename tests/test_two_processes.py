@@ -22,7 +22,8 @@ from sparring.checkpoint import found
 from sparring.config import AdapterConfig, ModelConfig
 from sparring.model import policy
 from sparring.model.adapters import with_adapter
-from sparring.model.parallel import ALONE, World, gathered, joined, launched, shard
+from sparring.model.parallel import ALONE, World, joined, launched
+from sparring.model.sharding import divide, empty, gathered, shard
 
 pytestmark = pytest.mark.xdist_group("two processes")  # what two processes make for many tests is made once
 
@@ -185,6 +186,20 @@ def test_no_more_than_one_layer_is_whole_while_a_model_is_divided(
     assert max(layer, around) <= most < max(layer, around) + layer
 
 
+def test_a_weight_of_two_layers_is_refused(tmp_path: Path) -> None:
+    start = tiny_llama(tie_word_embeddings=False)
+    start._no_split_modules = ["LlamaDecoderLayer", "Embedding"]
+    start.config.tie_word_embeddings = True
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    try:
+        made, alone = empty(start, torch.float32), empty(start, torch.float32)
+        made._no_split_modules = start._no_split_modules
+        with pytest.raises(ValueError, match=r"lm_head.weight is a weight of two layers"):
+            divide(made, alone, start, World(0, 1, 0), CPU)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_a_killed_process_ends_the_job_with_a_clear_error_and_the_run_resumes_to_the_bit(
     whole_run: Path, inputs: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -247,14 +262,21 @@ def test_a_divided_base_changes_nothing_also_where_it_starts_from_an_adapter_and
     assert done.returncode == 0, done.stderr[-3000:]
     assert "the base is divided" not in done.stderr
     job = subprocess.Popen(launches["divided"], stderr=subprocess.PIPE, text=True, env=QUIET)
-    while not found(tmp_path / "divided" / "checkpoints") and job.poll() is None:
+    until = time.monotonic() + 120
+    while not found(tmp_path / "divided" / "checkpoints") and time.monotonic() < until and job.poll() is None:
         time.sleep(0.01)
     job.send_signal(signal.SIGTERM)
     assert "the base is divided over 2 processes" in job.communicate(timeout=120)[1]
     assert not (tmp_path / "divided" / "model").exists()
     done = run([*TORCHRUN, "-m", "sparring", "resume", str(tmp_path / "divided")])
     assert done.returncode == 0, done.stdout + done.stderr
-    for file in ("model/adapter_model.safetensors", "model_ema/adapter_model.safetensors", "metrics.jsonl"):
+    files = (
+        "model/adapter_model.safetensors",
+        "model/adapter_config.json",
+        "model_ema/adapter_model.safetensors",
+        "metrics.jsonl",
+    )
+    for file in files:
         assert (tmp_path / "divided" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
 
 

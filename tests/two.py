@@ -19,8 +19,9 @@ from sparring.methods.offline import DPO
 from sparring.methods.sapo import SAPO
 from sparring.model import pieces
 from sparring.model.adapters import AdapterRoles, with_adapter
-from sparring.model.parallel import World, joined, whole
+from sparring.model.parallel import World, joined
 from sparring.model.roles import Role, Roles
+from sparring.model.sharding import whole
 from sparring.records import tokens
 
 DEVICE = torch.device("cuda" if torch.cuda.device_count() > 1 else "cpu")
@@ -36,7 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
     "untied, checkpointed": {"tied": False, "gradient_checkpointing": True},
     "bf16": {"dtype": torch.bfloat16},
     "lora": {"lora": True},
-    "lora, divided": {"lora": True, "divided": True},
+    "lora, divided, untied, frozen reference": {"lora": True, "divided": True, "tied": False, "moving": False},
     "lora, divided, bf16, checkpointed": {
         "lora": True,
         "divided": True,
@@ -79,6 +80,7 @@ def play(name: str, world: World, dtype: torch.dtype = torch.float32, **keys: An
     pairs, cache = keys.pop("pairs", PAIRS), keys.pop("cache", "dynamic")
     shape = {"num_key_value_heads": 1, "tie_word_embeddings": keys.pop("tied", True)}
     parts: dict[str, Any] = {"ema_decay": 0.5, "reference": True, "dtype": dtype, "world": world}
+    moving = keys.pop("moving", True)
     lora, divided = keys.pop("lora", False), keys.pop("divided", False) and world.size > 1
     with torch.device("cpu" if world.main or (lora and not divided) else "meta"):
         start = tiny_llama(**shape)
@@ -87,7 +89,7 @@ def play(name: str, world: World, dtype: torch.dtype = torch.float32, **keys: An
     start = start if divided or (world.size > 1 and not lora) else start.to(DEVICE)
     if lora:
         more = {"divided_on": DEVICE} if divided else {}
-        roles: Roles = AdapterRoles(start, moving=True, adapted=False, **parts, **more)
+        roles: Roles = AdapterRoles(start, moving=moving, adapted=False, **parts, **more)
     else:
         roles = Roles(start, device=DEVICE, **parts)
     pieces.LEAST = 1  # the batches are small, and what is compiled is to be used

@@ -21,8 +21,9 @@ from sparring.buffer import Buffer
 from sparring.data import parquet
 from sparring.model.attention import Kind
 from sparring.model.optim import load_state_tensors, state_tensors
-from sparring.model.parallel import World, local
+from sparring.model.parallel import World
 from sparring.model.roles import Roles
+from sparring.model.sharding import local
 from sparring.records import Pair
 
 

@@ -59,8 +59,7 @@ def exhausted(problem: Exception, config: Config, keys: tuple[str, ...]) -> str:
         if key == "gradient_checkpointing":
             found += [] if values[key] else ["give gradient_checkpointing true"]
         elif key == "lora_shard_base":
-            divisible = values["use_peft"] and values[key] is not True
-            found += ["give lora_shard_base true to several processes"] if divisible else []
+            found += ["give lora_shard_base true"] if values[key] is False and values["use_peft"] else []
         elif key != "judge_batch_tokens" or config.judging.judge in ("reward_model", "pairrm", "policy"):
             found.append(f"lower {key} ({values[key]:,})" if isinstance(values[key], int) else f"lower {key}")
     reason = ". ".join(str(problem).split(". ")[:3])  # which is how much was wanted, and how much there is

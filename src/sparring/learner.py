@@ -21,9 +21,9 @@ from sparring.metrics import Tally, describe, log_probs
 from sparring.model.attention import Kind, kind_for
 from sparring.model.logps import Scorer, checked
 from sparring.model.optim import learning_rate, make_optimizers
-from sparring.model.parallel import local, together, unhooked
 from sparring.model.pieces import compile_pieces
 from sparring.model.roles import Roles, checkpointing
+from sparring.model.sharding import local, together, unhooked
 from sparring.records import Pair
 from sparring.transfer import moved, sent
 

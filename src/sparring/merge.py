@@ -11,7 +11,8 @@ from sparring.card import save_result
 from sparring.config import ModelConfig
 from sparring.model import policy
 from sparring.model.adapter_folder import AdapterFolder, find_adapter
-from sparring.model.parallel import ALONE, whole
+from sparring.model.parallel import ALONE
+from sparring.model.sharding import whole
 
 
 def merge(source: str, output_dir: Path, *, trust_remote_code: bool = False) -> str:

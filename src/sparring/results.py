@@ -14,8 +14,9 @@ from sparring.config import Config
 from sparring.data.chat import Chat
 from sparring.journal import Journal, read_lines
 from sparring.loop import Update
-from sparring.model.parallel import World, whole
+from sparring.model.parallel import World
 from sparring.model.roles import Roles
+from sparring.model.sharding import whole
 
 
 class Results:

@@ -44,7 +44,7 @@ def train(
     layer.pop("method", None)
     given_twice = {"model_name_or_path": ("model", model), "dataset_name": ("train_dataset", train_dataset)}
     for key, (name, thing) in given_twice.items():
-        if thing is not None and key in keys:
+        if thing is not None and keys.get(key) is not None:
             raise ValueError(
                 f"{name} and {key} are both given: the object stands for the name, so leave one of them out"
             )
@@ -54,8 +54,8 @@ def train(
         asked = (layer | keys).get("attn_implementation", how)
         if asked != how:
             raise ValueError(
-                f"attn_implementation is {asked}, and the model object attends by {how}: call its "
-                f"set_attn_implementation({asked!r}) first, or leave the key out"
+                f"attn_implementation is {asked}{'' if 'attn_implementation' in keys else f' in {recipe}'}, and the model object "
+                f"attends by {how}: call its set_attn_implementation({asked!r}) first, or leave the key out"
             )
         if how in KERNELS:  # so that it attends alike when the run is resumed
             keys["attn_implementation"] = how
@@ -179,9 +179,9 @@ def _refuse_taken(journal: Journal, config: Config) -> None:
         raise ValueError(f"output_dir {journal.folder} is not empty and holds no run: choose a new folder")
     before, _ = journal.configuration()
     mine = config.flat()
-    for name in ("max_tokens_per_micro_batch", "cache_implementation", "torch_compile"):
-        if mine[name] == "auto":  # what it came to is written down
-            mine[name] = before.get(name)
+    mine |= {
+        name: before.get(name) for name, value in mine.items() if value == "auto"
+    }  # what it came to is written down
     differing = [
         f"{k} ({before.get(k)!r}, now {mine.get(k)!r})" for k in {**before, **mine} if before.get(k) != mine.get(k)
     ]

@@ -119,12 +119,17 @@ class AdapterFolder:
         )
 
     def fill(self, model: Any) -> None:
-        """Copy its weights into the adapter of ``model``, a PeftModel of :meth:`lora`; ValueError where they do not fit."""
+        """Copy its weights into the adapter of ``model``, a PeftModel of :meth:`lora`; ValueError where they do not fit.
+
+        One without storage stays so.
+        """
         from peft import set_peft_model_state_dict
         from safetensors.torch import load_file
 
         try:
-            result: Any = set_peft_model_state_dict(model, load_file(self.weights))
+            with warnings.catch_warnings():  # one without storage is only compared
+                warnings.filterwarnings("ignore", ".*copying from a non-meta parameter", UserWarning)
+                result: Any = set_peft_model_state_dict(model, load_file(self.weights))
         except RuntimeError as problem:  # another shape
             raise ValueError(self._misfit(model, problem)) from problem
         wrong = [*result.unexpected_keys, *(key for key in result.missing_keys if ".lora_" in key)]

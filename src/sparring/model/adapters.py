@@ -21,8 +21,9 @@ from torch import Tensor
 from sparring.config import AdapterConfig, ModelConfig
 from sparring.keys import nearest
 from sparring.model.adapter_folder import CONFIG, WEIGHTS, AdapterFolder, refuse_tied
-from sparring.model.parallel import ALONE, World, divide, empty, gathered, together
+from sparring.model.parallel import ALONE, World
 from sparring.model.roles import Role, Roles
+from sparring.model.sharding import divide, empty, gathered, together
 
 POLICY = "default"  # the name that PEFT gives an adapter by itself
 ADAPTED = ".lora_"  # in the name of every weight of an adapter, and of no other
@@ -180,8 +181,7 @@ def with_adapter(model: Any, config: AdapterConfig, source: AdapterFolder | None
         raise ValueError(f"no LoRA adapter can be laid on this model: {problem}") from problem
     if source is not None:
         _refuse_contradictions(config, modules, adapted, source.name)
-        if not _hollow(adapted):
-            source.fill(adapted)
+        source.fill(adapted)
     made = adapted.peft_config[POLICY]
     made.base_model_name_or_path = base.model_name_or_path
     made.revision = None if base.model_revision == "main" else base.model_revision
@@ -195,7 +195,9 @@ def _laid_on(model: Any, lora: Any, seed: int) -> Any:
     with _drawing_from(seed), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         warnings.filterwarnings("ignore", "The PEFT config's `base_model_name_or_path` was renamed", UserWarning)
-        return get_peft_model(model, lora)
+        named, made = lora.base_model_name_or_path, get_peft_model(model, lora)
+        made.peft_config[POLICY].base_model_name_or_path = named  # PEFT writes the model's own over it
+        return made
 
 
 def _hollow(model: Any) -> bool:

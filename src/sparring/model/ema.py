@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from sparring.model.parallel import local
+from sparring.model.sharding import local
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparring.config import TrainingConfig
-from sparring.model.parallel import local
+from sparring.model.sharding import local
 
 
 def make_optimizers(model: Any, config: TrainingConfig) -> list[torch.optim.Optimizer]:
@@ -21,7 +21,7 @@ def make_optimizers(model: Any, config: TrainingConfig) -> list[torch.optim.Opti
     """
     named = [(name, local(p)) for name, p in model.named_parameters() if p.requires_grad]
     hidden = [local(p) for p in _hidden(model)] if config.optim == "muon" else []
-    if hidden and any(local(p) is not p for p in model.parameters()):
+    if any(local(p) is not p for p in _hidden(model) if hidden):
         raise ValueError(
             "optim is muon, which needs whole matrices, and there are several processes: use adamw_torch_fused"
         )
@@ -39,7 +39,9 @@ def make_optimizers(model: Any, config: TrainingConfig) -> list[torch.optim.Opti
 
         return [AdamW8bit(groups, lr=rate, betas=betas, eps=eps)]
     fused = config.optim != "adamw_torch"
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=rate, betas=betas, eps=eps, fused=fused)]
+    optimizers: list[torch.optim.Optimizer] = []
+    if groups:  # Muon has all of an adapter
+        optimizers.append(torch.optim.AdamW(groups, lr=rate, betas=betas, eps=eps, fused=fused))
     if hidden:
         muon = torch.optim.Muon(hidden, lr=rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
         optimizers.append(muon)

@@ -14,12 +14,14 @@ from sparring.config import Config, TrainingConfig
 from sparring.methods.base import Cadence
 from sparring.model.adapters import ADAPTED
 from sparring.model.attention import kind_for
-from sparring.model.divided import AHEAD, Gathered, gathered
 from sparring.model.dry import asked, terms
 from sparring.model.optim import state_bytes, step_bytes
 from sparring.model.parallel import World
-from sparring.model.start import computed_in, shards
+from sparring.model.sharding import AHEAD, AtWork, at_work
+from sparring.model.start import computed_in, is_sharded
 from sparring.model.trace import Shape, adapted, passes, writing
+
+MARGIN = 0.1  # of what is available stays free: allocators leave gaps, and others use the machine too
 
 Phase = Literal["always", "update", "glance", "writing"]
 
@@ -54,30 +56,35 @@ class Parts:
         lengths: Lengths,
         processes: int,
         reference_first: bool,
+        traced: dict[int, Any],
     ) -> None:
-        """Of one of ``processes``; NotImplementedError where the model's code cannot be gone through without numbers."""
-        self._config, self._device = config, device
+        """Of one of ``processes``; NotImplementedError where the model's code cannot be gone through without numbers.
+
+        ``traced`` keeps what passes over so many tokens take, which is the same whether an adapter's base is divided or not.
+        """
+        self._config, self._device, self._traced = config, device, traced
         method, training, adapter = config.method, config.training, config.adapter
         self._cadence: Cadence = method.cadence(training.batch_size, 1)
-        dtype, divided = computed_in(config), shards(config, World(size=processes))
+        dtype, divided = computed_in(config), is_sharded(config, World(size=processes))
         sides, requests, longest = asked(method, lengths.sequence, config.data.max_length)
         self._model = skeleton(about, config.model.trust_remote_code)
         if adapter.use_peft:
             self._model = adapted(self._model, adapter)
+        learns_whole = adapter.use_peft or not divided
         self._shape = Shape(
             about,
             dtype,
             device,
             kind_for(device, config.model.attn_implementation),
-            lengths.sequence,
-            sides,
-            training.gradient_checkpointing,
-            config.model.trust_remote_code,
-            adapter if adapter.use_peft else None,
-            divided and not adapter.use_peft,
+            longest=lengths.sequence,
+            sides=sides,
+            checkpointing=training.gradient_checkpointing,
+            trust_remote_code=config.model.trust_remote_code,
+            adapter=adapter if adapter.use_peft else None,
+            divided=not learns_whole,
         )
-        self._shards = processes if divided and not adapter.use_peft else 1  # that what learns is divided into
-        self._gathered = gathered(self._model, dtype, apart=ADAPTED) if divided else Gathered(0, 0, 0)
+        self._shards = 1 if learns_whole else processes  # that what learns is divided into
+        self._gathered = at_work(self._model, dtype, apart=ADAPTED) if divided else AtWork(0, 0, 0)
         self._most = math.ceil(training.batch_size / processes) * sides * lengths.sequence  # tokens of an update
         kept = replace(self._cadence, reference="none") if reference_first else self._cadence
         self._always = standing(self._model, training, kept, dtype, processes if divided else 1)
@@ -88,11 +95,18 @@ class Parts:
                 note = "every process writes with all of them"
                 self._always.append(Part("gathered weights", whole, "writing", note))
 
+    def may_fit(self, free: int | None) -> bool:
+        """Whether what is always there leaves something of ``free``; None: nobody knows."""
+        standing = sum(part.size for part in self._always if part.phase == "always")
+        return free is None or standing < free * (1 - MARGIN)
+
     def at(self, budget: int) -> list[Part]:
         """All of them, with micro-batches of ``budget`` tokens."""
         training, layers, row = self._config.training, self._gathered, min(budget, self._most)
         gradients = 4 * sum(p.numel() for p in self._model.parameters() if p.requires_grad) // self._shards
-        found = passes(self._shape, row)
+        if row not in self._traced:
+            self._traced[row] = passes(self._shape, row)
+        found = self._traced[row]
         peak = found.later if self._most > budget else found.first
         above = peak - gradients
         if self._shape.divided:  # each layer's leave as they are made

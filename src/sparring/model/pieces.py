@@ -15,7 +15,8 @@ from torch import Tensor
 
 from sparring.config import Config
 from sparring.model import compiling, gated
-from sparring.model.parallel import World, unhooked
+from sparring.model.parallel import World
+from sparring.model.sharding import unhooked
 from sparring.model.start import computed_in
 
 LEAST = 64  # tokens; with fewer, as in a step of generation, calling a compiled function costs more than it saves

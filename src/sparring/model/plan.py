@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import PretrainedConfig
@@ -15,10 +15,9 @@ from sparring.methods.base import Method, reference_goes_first
 from sparring.model.dry import asked
 from sparring.model.memory import available
 from sparring.model.parallel import ALONE, World
-from sparring.model.parts import Lengths, Part, Parts, Phase
+from sparring.model.parts import MARGIN, Lengths, Part, Parts, Phase
 from sparring.records import Prompt
 
-MARGIN = 0.1  # of what is available stays free: allocators leave gaps, and others use the machine too
 # Matrix products of so many rows keep the whole device busy; a choice, of which the one for CUDA is yet to be measured.
 SATURATED = {"cpu": 2048, "cuda": 32768}
 LEAST = 256  # tokens below which no micro-batch goes by itself: weights are read anew for each one
@@ -85,44 +84,39 @@ def fitting(
     ``about`` is the model's own configuration, ``free`` stands for what the device has. Where not even the smallest budget fits,
     its plan is given. NotImplementedError where the model's code cannot be gone through without numbers.
     """
-    free = available(device) if free is None else free
+    if free is None:
+        free = free_to_one(device, processes)
     if reference_first is None:
         method, training = config.method, config.training
         first = reference_goes_first(method, method.cadence(training.batch_size, 1))
         reference_first = training.precompute_ref_log_probs and first
-    ways: tuple[bool | Literal["auto"], ...] = (config.adapter.lora_shard_base,)
-    if config.adapter.use_peft and processes > 1 and ways == ("auto",):
-        ways = False, True
-    for way in ways:
-        tried = replace(config, adapter=replace(config.adapter, lora_shard_base=way))
-        planned = _largest(tried, about, device, lengths, free, processes, reference_first)
-        if planned.fits:
-            break
-    return planned
+    shares: list[bool | Literal["auto"]] = [config.adapter.lora_shard_base]
+    if config.adapter.use_peft and processes > 1 and shares == ["auto"]:
+        shares = [False, True]
+    traced: dict[int, Any] = {}
+    ways = [Parts(_sharing(config, way), about, device, lengths, processes, reference_first, traced) for way in shares]
 
+    def made(way: int, budget: int) -> Plan:
+        return Plan(tuple(ways[way].at(budget)), budget, str(device), free, shares[way])
 
-def _largest(
-    config: Config,
-    about: PretrainedConfig,
-    device: torch.device,
-    lengths: Lengths,
-    free: int | None,
-    processes: int,
-    reference_first: bool,
-) -> Plan:
-    """The plan at the budget that is named, or at the largest that fits; at the least one where none does."""
-    parts, chosen = (
-        Parts(config, about, device, lengths, processes, reference_first),
-        config.training.max_tokens_per_micro_batch,
-    )
+    chosen = config.training.max_tokens_per_micro_batch
     budget, least = (saturated(device, lengths), max(LEAST, lengths.pair)) if chosen == "auto" else (chosen, chosen)
-
-    def made() -> Plan:
-        return Plan(tuple(parts.at(budget)), budget, str(device), free, config.adapter.lora_shard_base)
-
-    while not (planned := made()).fits and budget > least:
+    while True:  # a large micro-batch before a whole base: the more tokens, the less gathering costs
+        planned = [made(way, budget) for way in range(len(ways)) if budget == least or ways[way].may_fit(free)]
+        fit = [plan for plan in planned if plan.fits]
+        if fit or budget == least:
+            return fit[0] if fit else min(planned, key=lambda plan: plan.needed)
         budget = max(budget // 2, least)
-    return planned
+
+
+def free_to_one(device: torch.device, processes: int) -> int | None:
+    """Bytes that are free to each of the processes of one machine, which share what is no device of their own."""
+    free = available(device)
+    return free if free is None or device.type == "cuda" else free // processes
+
+
+def _sharing(config: Config, way: bool | Literal["auto"]) -> Config:
+    return replace(config, adapter=replace(config.adapter, lora_shard_base=way))
 
 
 def with_budget(
@@ -151,20 +145,24 @@ def with_budget(
             f"max_tokens_per_micro_batch is {budget}, and it must take {lengths.source}: raise it, or lower max_length"
         )
     try:
-        free = available(device)
-        if free is not None:  # processes on one machine share its memory, and all must come to one budget
-            free = world.least(free if device.type == "cuda" else free // world.size)
+        free = free_to_one(device, world.size)
+        if free is not None:  # all must come to one budget
+            free = world.least(free)
         made = fitting(config, about, device, lengths, free, world.size, reference_first)
     except NotImplementedError as problem:
-        say(f"no plan of memory, since {problem}")
+        whole = ", and each process holds a whole base (lora_shard_base true divides it)"
+        sharable = config.adapter.use_peft and world.size > 1 and config.adapter.lora_shard_base == "auto"
+        say(f"no plan of memory, since {problem}{whole if sharable else ''}")
     else:
         say(str(made))
         chosen = made.tokens
-        config = replace(config, adapter=replace(config.adapter, lora_shard_base=made.lora_shard_base))
+        config = _sharing(config, made.lora_shard_base)
         if auto and not made.fits:
+            sharing = ", lora_shard_base true" if made.lora_shard_base is False else ""
             raise ValueError(
                 f"{config.model.model_name_or_path or 'the model'} {made}, and a micro-batch must take {lengths.source}. Try "
-                "gradient_checkpointing, optim adamw_8bit or a smaller max_length (`sparring plan` says what takes how much); "
+                f"gradient_checkpointing, optim adamw_8bit{sharing} or a smaller max_length (`sparring plan` says what takes how "
+                "much); "
                 "a max_tokens_per_micro_batch of your own is tried without asking"
             )
     return replace(config, training=replace(config.training, max_tokens_per_micro_batch=chosen)) if auto else config

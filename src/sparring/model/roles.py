@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from sparring.model import ema
-from sparring.model.parallel import ALONE, World, gathered, shard, together
+from sparring.model.parallel import ALONE, World
+from sparring.model.sharding import gathered, shard, together
 
 Role = Literal["policy", "ema", "reference"]
 

@@ -28,7 +28,7 @@ def load_start(config: Config, device: torch.device, model: Any = None, world: W
             "the model object carries a PEFT adapter: save it, and give its folder as model_name_or_path; or merge it first, "
             "with model.merge_and_unload()"
         )
-    if shards(config, world):
+    if is_sharded(config, world):
         device = torch.device("cpu" if world.main else "meta")
     dtype = computed_in(config) if config.adapter.use_peft else torch.float32
     if model is not None:
@@ -69,13 +69,13 @@ def make_roles(
     say(described(start))
     moving = reference in ("ema", "policy")
     words: dict[str, Any] = {"reference": compares, "moving": moving, "adapted": adapted}
-    if shards(config, world):
+    if is_sharded(config, world):
         say(f"the base is divided over {world.size} processes")
         words["divided_on"] = device
     return AdapterRoles(start, ema_decay=ema_decay, dtype=dtype, world=world, **words)
 
 
-def shards(config: Config, world: World) -> bool:
+def is_sharded(config: Config, world: World) -> bool:
     """Whether every process of ``world`` holds but a part of the model, of LoRA its base."""
     return world.size > 1 and (not config.adapter.use_peft or config.adapter.lora_shard_base is True)
 

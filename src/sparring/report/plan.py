@@ -12,8 +12,8 @@ from rich.text import Text
 from sparring.config import Config
 from sparring.model import policy
 from sparring.model.flash import check_flash
-from sparring.model.parts import Phase
-from sparring.model.plan import MARGIN, Plan, expected, fitting, gigabytes
+from sparring.model.parts import MARGIN, Phase
+from sparring.model.plan import Plan, expected, fitting, gigabytes
 
 PHASES: dict[Phase, str] = {
     "always": "throughout",
@@ -58,6 +58,9 @@ def plan_view(plan: Plan, config: Config) -> RenderableType:
     table.add_row(
         "micro-batch", f"{plan.tokens:,}", Text("tokens" + (", chosen here (auto)" if chosen == "auto" else ""), "dim")
     )
+    if isinstance(plan.lora_shard_base, bool):
+        way = "divided over the processes" if plan.lora_shard_base else "whole in every process"
+        table.add_row("base", "", Text(f"{way} (lora_shard_base)", "dim"))
     if plan.fits:
         return Group(table, Text("fits" if plan.available is not None else "memory unknown", "bold green"))
     words = f"does not fit: needs {gigabytes(plan.missing)} more; try {', '.join(remedies(plan, config))}"
@@ -77,6 +80,8 @@ def remedies(plan: Plan, config: Config) -> list[str]:
         found.append("term_grad_norm_steps 0")
     if training.optim != "adamw_8bit":
         found.append("optim adamw_8bit")
+    if plan.lora_shard_base is False:
+        found.append("lora_shard_base true")
     if config.model.dtype == "float32":
         found.append("dtype bfloat16")
     return [*found, "a smaller max_length"]
