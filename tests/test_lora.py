@@ -562,3 +562,18 @@ def test_merge_refuses_what_is_no_adapter_and_a_folder_that_is_not_empty(
     (tmp_path / "begun" / "config.yaml").write_text("method: dpo\n")
     with pytest.raises(ValueError, match="has not ended: `sparring resume"):
         merge(str(tmp_path / "begun"), tmp_path / "out")
+
+
+def test_muon_takes_all_of_an_adapter() -> None:
+    adapted = with_adapter(tiny_llama(), AdapterConfig(use_peft=True, lora_r=4), None, ModelConfig(), 0)
+    roles = AdapterRoles(adapted, ema_decay=0.0, reference=True, moving=False, adapted=False, dtype=torch.float32)
+    before = [weight.clone() for weight in roles.learnt.parameters()]
+    config = TrainingConfig(optim="muon", learning_rate=1e-2, warmup_ratio=0.0)
+    learner = Learner(roles, DPO(), config, pad_id=PAD, total_steps=4)
+    pairs = [pair([5, 6, 7], [10, 11, 2], [10, 40, 2])]
+    losses = [learner.update(pairs, step)["loss"] for step in range(3)]
+    assert losses[0] == pytest.approx(math.log(2))
+    assert losses[2] < losses[1] < losses[0]
+    assert [type(optimizer).__name__ for optimizer in learner.optimizers] == ["Muon"]
+    moved = [not torch.equal(a, b) for a, b in zip(before, roles.learnt.parameters(), strict=True)]
+    assert all(moved)

@@ -50,7 +50,7 @@ class AdapterConfig:
         None, "What is adapted: all-linear, or modules as q_proj,v_proj; none: as the start's adapter, else all-linear"
     )
     lora_shard_base: bool | Literal["auto"] = key(
-        "auto", "Divide the base over the processes (FSDP2); auto: where a whole one in each would not fit"
+        "auto", "Divide the base over the processes (FSDP2); auto: where a whole one in each leaves too little room"
     )
 
 
