@@ -19,7 +19,7 @@ from sparring.model.optim import state_bytes, step_bytes
 from sparring.model.parallel import World
 from sparring.model.sharding import AHEAD, AtWork, at_work
 from sparring.model.start import computed_in, is_sharded
-from sparring.model.trace import Shape, adapted, passes, writing
+from sparring.model.trace import Passes, Shape, adapted, passes, writing
 
 MARGIN = 0.1  # of what is available stays free: allocators leave gaps, and others use the machine too
 
@@ -56,7 +56,7 @@ class Parts:
         lengths: Lengths,
         processes: int,
         reference_first: bool,
-        traced: dict[int, Any],
+        traced: dict[int, Passes],
     ) -> None:
         """Of one of ``processes``; NotImplementedError where the model's code cannot be gone through without numbers.
 

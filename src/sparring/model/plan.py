@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from transformers import PretrainedConfig
@@ -16,6 +16,7 @@ from sparring.model.dry import asked
 from sparring.model.memory import available
 from sparring.model.parallel import ALONE, World
 from sparring.model.parts import MARGIN, Lengths, Part, Parts, Phase
+from sparring.model.trace import Passes
 from sparring.records import Prompt
 
 # Matrix products of so many rows keep the whole device busy; a choice, of which the one for CUDA is yet to be measured.
@@ -93,7 +94,7 @@ def fitting(
     shares: list[bool | Literal["auto"]] = [config.adapter.lora_shard_base]
     if config.adapter.use_peft and processes > 1 and shares == ["auto"]:
         shares = [False, True]
-    traced: dict[int, Any] = {}
+    traced: dict[int, Passes] = {}
     ways = [Parts(_sharing(config, way), about, device, lengths, processes, reference_first, traced) for way in shares]
 
     def made(way: int, budget: int) -> Plan:

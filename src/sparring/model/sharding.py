@@ -198,18 +198,14 @@ class AtWork:
     around: int  # the gradients of what lies around, at the end of a backward pass
 
 
-def at_work(model: Any, dtype: torch.dtype, *, apart: str | None = None) -> AtWork:
+def at_work(model: Any, dtype: torch.dtype, *, apart: str) -> AtWork:
     """What ``model``, which may be without numbers, is gathered to in ``dtype``; weights named with ``apart`` always are."""
     layers = [_size(layer, apart) for _, layer in blocks(model)]
     largest, around = max(layers, default=0), _size(model, apart) - sum(layers)
-    short, learns = dtype.itemsize, any(p.requires_grad for name, p in model.named_parameters() if not _in(apart, name))
+    short, learns = dtype.itemsize, any(p.requires_grad for name, p in model.named_parameters() if apart not in name)
     on_the_way = short + 4 if learns else 0  # as they are made, and in float32 as they are added up
     return AtWork((around + AHEAD * largest) * short, largest * on_the_way, around * on_the_way)
 
 
-def _size(module: Any, apart: str | None) -> int:
-    return sum(p.numel() for name, p in module.named_parameters() if not _in(apart, name))
-
-
-def _in(part: str | None, name: str) -> bool:
-    return part is not None and part in name
+def _size(module: Any, apart: str) -> int:
+    return sum(p.numel() for name, p in module.named_parameters() if apart not in name)
