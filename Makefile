@@ -11,7 +11,7 @@ TORCH := 2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := dev,tensorboard,trackio
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help demo test check soak bench constraints clean

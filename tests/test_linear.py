@@ -6,7 +6,9 @@ import pytest
 import torch
 from small import tiny_llama
 
+from sparring.data.packing import ROOT, Segment
 from sparring.model import linear
+from sparring.model.attention import Blocks
 from sparring.model.linear import product, quicken
 from sparring.model.policy import prepared
 
@@ -62,3 +64,57 @@ def test_where_the_operator_is_missing_pytorch_s_own_computes(monkeypatch: pytes
     expected = layer(hidden)
     monkeypatch.setattr(linear, "_there", lambda: False)
     torch.testing.assert_close(layer(hidden), expected)
+
+
+@pytest.fixture
+def _no_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor without instructions for it, and a weight made float32 a few rows at a time."""
+    monkeypatch.setattr(linear, "_has_bfloat16", lambda: False)
+    monkeypatch.setattr(linear, "WIDENED", 200)
+
+
+@pytest.mark.usefixtures("_no_bfloat16")
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(16, 5, 7), (40, 300, 33), (64, 33, 300)])
+def test_where_bfloat16_is_slow_a_product_is_float32_s_rounded_once(rows: int, inputs: int, outputs: int) -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(inputs, outputs).bfloat16()
+    quicken(layer)
+    hidden = torch.randn(rows, inputs).bfloat16().requires_grad_()
+    slope = torch.randn(rows, outputs).bfloat16()
+    found = layer(hidden)
+    found.backward(slope)
+    assert hidden.grad is not None
+    assert layer.weight.grad is not None
+    h, w, b, s = (t.detach().double() for t in (hidden, layer.weight, layer.bias, slope))
+    for mine, exact in ((found, h @ w.T + b), (hidden.grad, s @ w), (layer.weight.grad, s.T @ h)):
+        assert mine.dtype == torch.bfloat16
+        half_a_unit = exact.abs() * 2.0**-8 + 1e-4  # of the last place; the rest for float32's own sums
+        assert ((mine.double() - exact).abs() <= half_a_unit).all()
+
+
+@pytest.mark.usefixtures("_no_bfloat16")
+@pytest.mark.parametrize("rows", [1, 15, 16])
+def test_few_rows_are_left_to_pytorch_where_bfloat16_is_slow(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    widened: list[int] = []
+    monkeypatch.setattr(linear, "_widened", lambda h, w, b: widened.append(len(h)) or h @ w.T)
+    hidden, weight = torch.randn(rows, 8).bfloat16(), torch.randn(4, 8).bfloat16()
+    torch.testing.assert_close(product(hidden, weight), hidden @ weight.T)
+    assert widened == [16] * (rows == 16)
+
+
+@pytest.mark.usefixtures("_no_bfloat16")
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (5, 20.0)])
+def test_where_bfloat16_is_slow_attention_is_float32_s_rounded_once(window: int | None, softcap: float | None) -> None:
+    torch.manual_seed(0)
+    segments = [Segment(0, 7), Segment(7, 20, 0), Segment(20, 26)]
+    assert segments[0].parent == ROOT
+    given = [torch.randn(heads, 26, 8).bfloat16() for heads in (4, 2, 2)]
+    slope, found = torch.randn(26, 4, 8).bfloat16(), []
+    for dtype in (torch.bfloat16, torch.float32):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in given]
+        out = Blocks.apply(*leaves, segments, 0.3, window, softcap)
+        out.backward(slope.to(dtype))
+        assert out.dtype == dtype
+        found.append([out, *(t.grad for t in leaves)])
+    for mine, theirs in zip(*found, strict=True):
+        assert torch.equal(mine, theirs.bfloat16())

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from small import tiny_llama
+from small import made_once, tiny_llama
 from toyrun import toy_folder, write_rows
 from two import CASES, DEVICE, METHODS, play
 
@@ -24,8 +24,6 @@ from sparring.model import policy
 from sparring.model.adapters import with_adapter
 from sparring.model.parallel import ALONE, World, joined, launched
 from sparring.model.sharding import divide, empty, gathered, shard
-
-pytestmark = pytest.mark.xdist_group("two processes")  # what two processes make for many tests is made once
 
 CPU, RANK_4 = torch.device("cpu"), AdapterConfig(use_peft=True, lora_r=4)
 TESTS = Path(__file__).parent
@@ -51,10 +49,12 @@ KEYS = {
 @pytest.fixture(scope="module")
 def by_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes made of every case."""
-    out = tmp_path_factory.mktemp("two")
-    done = subprocess.run([*TORCHRUN, str(TESTS / "two.py"), str(out)], capture_output=True, text=True, env=QUIET)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return out
+
+    def make(out: Path) -> None:
+        done = subprocess.run([*TORCHRUN, str(TESTS / "two.py"), str(out)], capture_output=True, text=True, env=QUIET)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    return made_once(tmp_path_factory, "by-two", make)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -91,18 +91,24 @@ def figures(folder: Path) -> list[dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("inputs")
-    return toy_folder(folder / "model"), write_rows(folder / "rows.jsonl", 12)
+    def make(folder: Path) -> None:
+        toy_folder(folder / "model")
+        write_rows(folder / "rows.jsonl", 12)
+
+    folder = made_once(tmp_path_factory, "two-inputs", make)
+    return folder / "model", folder / "rows.jsonl"
 
 
 @pytest.fixture(scope="module")
 def whole_run(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two processes that nothing befell."""
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    done = run(words(*inputs, folder, TORCHRUN))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("finished") == 1
-    return folder
+
+    def make(folder: Path) -> None:
+        done = run(words(*inputs, folder / "run", TORCHRUN))
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("finished") == 1
+
+    return made_once(tmp_path_factory, "two-whole", make) / "run"
 
 
 def test_a_run_of_two_processes_is_a_run(whole_run: Path, inputs: tuple[Path, Path], tmp_path: Path) -> None:

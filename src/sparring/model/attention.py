@@ -18,6 +18,7 @@ from transformers import AttentionInterface
 from sparring.data.packing import ROOT, Packed, Segment
 from sparring.model.compiling import allow
 from sparring.model.flash import NAMES, depth_of, sequences
+from sparring.model.linear import quick
 from sparring.model.scores import refuse_others
 from sparring.transfer import moved
 
@@ -149,26 +150,27 @@ class Blocks(torch.autograd.Function):
     ) -> Tensor:
         """query [H, T, D], key and value [G, T, D]; returns [T, H, D]."""
         ctx.save_for_backward(query, key, value)
-        ctx.how = segments, scaling, window, softcap
+        ctx.how, dtype = (segments, scaling, window, softcap), query.dtype
+        query, key, value = quick(query), quick(key), quick(value)
         out = query.new_empty(query.shape[1], *query.shape[::2])
         groups = key.shape[0]
         for start, stop, before, first in _blocks(segments, window):
             probs, _ = _probs(query, key, start, stop, before, first, scaling, window, softcap)
             mixed = torch.bmm(probs, _keys(value, before, first, stop))
             out[start:stop] = mixed.view(groups, -1, stop - start, query.shape[2]).flatten(0, 1).transpose(0, 1)
-        return out
+        return out.to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """The gradients of query, key and value; those of key and value are added up in float32."""
-        query, key, value = ctx.saved_tensors
+        query, key, value, slopes = (quick(t) for t in (*ctx.saved_tensors, *grads))
         segments, scaling, window, softcap = ctx.how
         groups, depth = key.shape[0], key.shape[2]
         d_query = torch.empty_like(query)
         d_key, d_value = (torch.zeros_like(t, dtype=torch.float32) for t in (key, value))
         for start, stop, before, first in _blocks(segments, window):
             probs, slope = _probs(query, key, start, stop, before, first, scaling, window, softcap)
-            d_out = grads[0][start:stop].transpose(0, 1).reshape(groups, -1, depth)
+            d_out = slopes[start:stop].transpose(0, 1).reshape(groups, -1, depth)
             d_values = torch.bmm(probs.transpose(1, 2), d_out)
             d_probs = torch.bmm(d_out, _keys(value, before, first, stop).transpose(1, 2))
             # softmax's own backward kernel: p * (dp - sum(p dp)), in one pass and float32 inside
@@ -183,7 +185,7 @@ class Blocks(torch.autograd.Function):
             for total, part in ((d_key, d_keys), (d_value, d_values)):
                 total[:, before[0] : before[1]] += part[:, :length]
                 total[:, first:stop] += part[:, length:]
-        return d_query, d_key.to(key.dtype), d_value.to(value.dtype), None, None, None, None
+        return d_query, d_key, d_value, None, None, None, None  # autograd gives them their operands' precision
 
 
 def _blocks(segments: Sequence[Segment], window: int | None) -> Iterator[tuple[int, int, tuple[int, int], int]]:

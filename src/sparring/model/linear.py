@@ -1,4 +1,8 @@
-"""Products in float32 on a CPU by oneDNN instead of PyTorch's BLAS: faster on AMD's processors, and as exact."""
+"""Products on a CPU by oneDNN in float32 instead of PyTorch's BLAS: faster on AMD's processors, and as exact.
+
+Those in bfloat16 too where the processor has no instructions for it (AVX-512, AMX): PyTorch's own loops are many times slower,
+and no more exact than float32 operands and a result that is rounded once.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +14,32 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+FEW = 16  # rows; with fewer it takes longer to make the weight float32 than PyTorch's own product does
+WIDENED = 2**22  # elements of a weight that are float32 at a time
+
 
 def product(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """h W^T + b without gradient; hidden [..., I], weight [O, I], bias [O]; strided as they come."""
     if _gains(hidden, weight):
-        found: Tensor = torch.ops.mkldnn._linear_pointwise(hidden, weight, bias, "none", [], "")
-        return found
+        if hidden.dtype == torch.float32:
+            return _onednn(hidden, weight, bias)
+        if hidden.numel() >= FEW * hidden.shape[-1]:
+            return _widened(hidden, weight, bias)
     return nn.functional.linear(hidden, weight, bias)
+
+
+def _widened(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    wide, out = hidden.float(), hidden.new_empty(*hidden.shape[:-1], len(weight))
+    step = max(1, WIDENED // weight.shape[1])
+    for first in range(0, len(weight), step):
+        rows = slice(first, first + step)
+        out[..., rows] = _onednn(wide, weight[rows].float(), None if bias is None else bias[rows].float())
+    return out
+
+
+def _onednn(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(hidden, weight, bias, "none", [], "")
+    return found
 
 
 class Linear(torch.autograd.Function):
@@ -45,13 +68,7 @@ class Linear(torch.autograd.Function):
 
 def linear_forward(module: nn.Linear, hidden: Tensor) -> Tensor:
     """What ``module`` computes, the fast way where there is one."""
-    if (
-        hidden.dtype == torch.float32
-        and hidden.device.type == "cpu"
-        and module.weight.dtype == torch.float32
-        and not torch.compiler.is_compiling()  # a compiler has kernels of its own
-        and _there()
-    ):
+    if not torch.compiler.is_compiling() and _gains(hidden, module.weight):  # a compiler has kernels of its own
         found: Tensor = Linear.apply(hidden, module.weight, module.bias)  # type: ignore[no-untyped-call]
         return found
     return nn.functional.linear(hidden, module.weight, module.bias)
@@ -59,7 +76,13 @@ def linear_forward(module: nn.Linear, hidden: Tensor) -> Tensor:
 
 def _gains(hidden: Tensor, weight: Tensor) -> bool:
     on_cpu = hidden.device.type == weight.device.type == "cpu"
-    return on_cpu and hidden.dtype == weight.dtype == torch.float32 and hidden.numel() > 0 and _there()
+    alike = hidden.dtype == weight.dtype and hidden.numel() > 0
+    return on_cpu and alike and _there() and (hidden.dtype == torch.float32 or _slow(hidden))
+
+
+def quick(operand: Tensor) -> Tensor:
+    """``operand`` in the precision that products are fast in: its own, or float32."""
+    return operand.float() if _slow(operand) else operand
 
 
 def quicken(module: Any) -> None:
@@ -76,7 +99,20 @@ def _there() -> bool:
     with unset_fake_temporarily(), torch.device("cpu"):
         hidden, weight = torch.linspace(-1, 1, 12).view(1, 3, 4), torch.linspace(-2, 1, 20).view(5, 4)
         try:
-            found = torch.ops.mkldnn._linear_pointwise(hidden, weight, weight[:, 0].contiguous(), "none", [], "")
+            found = _onednn(hidden, weight, weight[:, 0].contiguous())
         except (AttributeError, RuntimeError, TypeError):
             return False
         return bool(torch.allclose(found, nn.functional.linear(hidden, weight, weight[:, 0]), atol=1e-5))
+
+
+def _slow(operand: Tensor) -> bool:
+    return operand.dtype == torch.bfloat16 and operand.device.type == "cpu" and not _has_bfloat16()
+
+
+@functools.cache
+def _has_bfloat16() -> bool:
+    """Whether this processor multiplies in bfloat16; so is taken where it cannot be told."""
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except (AttributeError, RuntimeError):
+        return True

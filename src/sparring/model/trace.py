@@ -25,6 +25,7 @@ from sparring.config import AdapterConfig, ModelConfig
 from sparring.data.packing import Group, Packed, Padded, pack, packed_size, pad
 from sparring.model.attention import Kind, attending, inputs, unmasked
 from sparring.model.head import CACHED, KEPT, WIDE, gradient
+from sparring.model.linear import product
 from sparring.model.logps import padded_logps
 from sparring.model.policy import prepared
 from sparring.model.roles import checkpointing, serving
@@ -218,7 +219,8 @@ def _head(shape: Shape, worker: Any, states: Tensor, *, learns: bool) -> Tensor:
     weight = worker.get_output_embeddings().weight
     room = KEPT.get(states.device.type, KEPT["cpu"]) // (len(weight) * states.element_size())
     rows = max(1, min(len(states), room))
-    made = [states.new_empty(rows, len(weight))]
+    block = states.new_empty(rows, states.shape[1])
+    made = [product(block, weight)]
     if states.dtype != torch.float32:
         made.append(states.new_empty(CACHED.get(states.device.type, CACHED["cpu"]) // 4, dtype=torch.float32))
     if learns and weight.requires_grad:
@@ -227,9 +229,11 @@ def _head(shape: Shape, worker: Any, states: Tensor, *, learns: bool) -> Tensor:
             made.append(torch.empty_like(weight, dtype=torch.float32))
         made += [states.new_empty(rows, states.shape[1], dtype=torch.float32) for _ in range(2)]
         if states.dtype != torch.float32:
-            made.append(torch.empty_like(weight[:WIDE]))
+            made.append(product(made[0].T[:WIDE], block.T))
             if states.device.type == "cpu":  # whose kernels widen a whole operand before they take it off a float32
                 made.append(torch.empty_like(weight[:WIDE], dtype=torch.float32))
+    if learns:
+        product(made[0], weight.T)
     return torch.empty_like(states)
 
 
