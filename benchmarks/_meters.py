@@ -61,12 +61,18 @@ def _status(name: str) -> int:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 0) -> float:
-    """Floating-point operations a second of a large square matrix product, the best of eight."""
+    """Floating-point operations a second of a large square matrix product, the best of eight, or of those that 2 seconds allow.
+
+    On a CPU it is float32's where ``dtype`` has no instructions and is slower.
+    """
     size = size or (8192 if device.type == "cuda" else 2048)
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     clock, best = Clock(device), float("inf")
-    for _ in range(8):
-        clock.start()
-        torch.nn.functional.linear(a, b)
-        best = min(best, clock.stop())
+    for kind in {dtype} if device.type == "cuda" else {dtype, torch.float32}:
+        a, b = (torch.randn(size, size, device=device).to(kind) for _ in range(2))
+        turns = []
+        while len(turns) < 8 and sum(turns) < 2:
+            clock.start()
+            torch.nn.functional.linear(a, b)
+            turns.append(clock.stop())
+        best = min(best, *turns)
     return 2.0 * size**3 / best

@@ -108,9 +108,7 @@ def _keys(name: str, given: Flags) -> Flags:
 def _plan(words: list[str]) -> int:
     if not words or {"-h", "--help"} & set(words):
         print("sparring plan [METHOD] [--config RECIPE.yaml] [--key value ...] [--processes N] [--json]")
-        print(
-            "What `sparring METHOD` with the same words would take of the device's memory; exit code 0 where it fits, 1 where not."
-        )
+        print("What `sparring METHOD` with these words would take of the device's memory; exit code 1 where too much.")
         return 0
     named = words.pop(0) if not words[0].startswith("--") else None
     given = flags(words)
@@ -123,7 +121,8 @@ def _plan(words: list[str]) -> int:
     from sparring.report.plan import plan_json, plan_of, plan_view
 
     config = resolve(method(name), keys)
-    plan = plan_of(config, processes)
+    with Console(stderr=True).status("going through the model without its weights"):
+        plan = plan_of(config, processes)
     if as_json:
         print(json.dumps(plan_json(plan)))
     else:

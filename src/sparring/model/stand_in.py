@@ -12,6 +12,7 @@ from transformers import AttentionInterface
 from sparring.data.packing import Packed
 from sparring.model.attention import ROWS, Kind
 from sparring.model.flash import NAMES, laid, sequences
+from sparring.model.linear import quick
 
 STAND_IN = "sparring_stand_in"
 PADDED = 128  # rows by which FlashAttention's backward pass pads each sequence
@@ -37,8 +38,9 @@ class _StandIn(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, keys: int, padded: int) -> Tensor:
         ctx.keys, ctx.padded, out = keys, padded, torch.empty_like(query)
         if keys:
-            _scores(query, keys, 2)
             ctx.save_for_backward(query, key, value)
+            made = [quick(t) for t in (query, key, value)]
+            _scores(made[0], keys, 2)
         else:
             ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
         return out
@@ -49,7 +51,8 @@ class _StandIn(torch.autograd.Function):
         d_query = torch.empty_like(query)
         d_key, d_value = (torch.empty_like(t, dtype=torch.float32 if ctx.keys else t.dtype) for t in (key, value))
         if ctx.keys:
-            _scores(query, ctx.keys, 3)
+            made = [quick(t) for t in (query, key, value, *grads)]
+            _scores(made[0], ctx.keys, 3)
         if ctx.padded:  # queries' gradients in float32; keys' and values' of every head, where heads share them
             heads, depth = query.shape[1], query.shape[3]
             made = [query.new_empty(ctx.padded, heads, depth, dtype=torch.float32)]
