@@ -61,9 +61,9 @@ NOTE = """Eight pairs a step. Median (least-most) of paired ratios, after a warm
 step's peak less what stood before it, weights and optimizer state being equal on both sides, measured on steps of its own.
 bf16 is each side's own: TRL's `bf16=True`, which is autocast over float32 weights, and our bfloat16 working copy of float32
 weights. The GEMM floor is the time that the operations which a DPO step needs would take at the rate of a 2048 x 2048 matrix
-product, measured before each cell. First losses have the same weights and pairs on both sides; the cosine is that of the two
-gradients of that step. dpo: two responses to a prompt; sapo: they share a beginning and an end; unkind: no shared prompt, one
-length."""
+product, measured before each cell: in the cell's dtype, or in float32 where that is faster. First losses have the same weights
+and pairs on both sides; the cosine is that of the two gradients of that step. dpo: two responses to a prompt; sapo: they share
+a beginning and an end; unkind: no shared prompt, one length."""
 
 
 def measured(cell: Cell, steps: int, quick: bool, report: Report) -> None:

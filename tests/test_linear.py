@@ -9,6 +9,7 @@ from small import tiny_llama
 from sparring.data.packing import ROOT, Segment
 from sparring.model import linear
 from sparring.model.attention import Blocks
+from sparring.model.head import Head
 from sparring.model.linear import product, quicken
 from sparring.model.policy import prepared
 
@@ -67,42 +68,78 @@ def test_where_the_operator_is_missing_pytorch_s_own_computes(monkeypatch: pytes
 
 
 @pytest.fixture
-def _no_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A processor without instructions for it, and a weight made float32 a few rows at a time."""
+def widened(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """A processor without bfloat16; the weights that oneDNN is given, of at most 200 elements at a time."""
+    given: list[torch.Tensor] = []
+    plain = linear._onednn
     monkeypatch.setattr(linear, "_has_bfloat16", lambda: False)
     monkeypatch.setattr(linear, "WIDENED", 200)
+    monkeypatch.setattr(linear, "_onednn", lambda h, w, b: given.append(w) or plain(h, w, b))
+    return given
 
 
-@pytest.mark.usefixtures("_no_bfloat16")
-@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(16, 5, 7), (40, 300, 33), (64, 33, 300)])
-def test_where_bfloat16_is_slow_a_product_is_float32_s_rounded_once(rows: int, inputs: int, outputs: int) -> None:
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(8, 5, 7), (40, 300, 33), (64, 33, 300)])
+def test_where_bfloat16_is_slow_a_product_is_float32_s_rounded_once(
+    rows: int, inputs: int, outputs: int, widened: list[torch.Tensor]
+) -> None:
     torch.manual_seed(0)
     layer = torch.nn.Linear(inputs, outputs).bfloat16()
     quicken(layer)
-    hidden = torch.randn(rows, inputs).bfloat16().requires_grad_()
-    slope = torch.randn(rows, outputs).bfloat16()
+    hidden = torch.randn(2, rows, inputs).bfloat16().requires_grad_()
+    slope = torch.randn(2, rows, outputs).bfloat16()
     found = layer(hidden)
     found.backward(slope)
-    assert hidden.grad is not None
-    assert layer.weight.grad is not None
-    h, w, b, s = (t.detach().double() for t in (hidden, layer.weight, layer.bias, slope))
-    for mine, exact in ((found, h @ w.T + b), (hidden.grad, s @ w), (layer.weight.grad, s.T @ h)):
+    h, w, b, s = (t.detach().double() for t in (hidden.flatten(0, 1), layer.weight, layer.bias, slope.flatten(0, 1)))
+    expected = {"output": h @ w.T + b, "hidden": s @ w, "weight": s.T @ h, "bias": s.sum(0)}
+    got = {"output": found, "hidden": hidden.grad, "weight": layer.weight.grad, "bias": layer.bias.grad}
+    for name, exact in expected.items():
+        mine = got[name]
+        assert mine is not None
         assert mine.dtype == torch.bfloat16
         half_a_unit = exact.abs() * 2.0**-8 + 1e-4  # of the last place; the rest for float32's own sums
-        assert ((mine.double() - exact).abs() <= half_a_unit).all()
+        assert ((mine.double().view_as(exact) - exact).abs() <= half_a_unit).all(), name
+    assert len(widened) >= 3
+    assert all(w.dtype == torch.float32 and (w.numel() <= 200 or 1 in w.shape) for w in widened)
 
 
-@pytest.mark.usefixtures("_no_bfloat16")
-@pytest.mark.parametrize("rows", [1, 15, 16])
-def test_few_rows_are_left_to_pytorch_where_bfloat16_is_slow(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    widened: list[int] = []
-    monkeypatch.setattr(linear, "_widened", lambda h, w, b: widened.append(len(h)) or h @ w.T)
-    hidden, weight = torch.randn(rows, 8).bfloat16(), torch.randn(4, 8).bfloat16()
+@pytest.mark.parametrize(("rows", "parts"), [(1, 0), (7, 0), (8, 1)])
+def test_few_rows_and_a_weight_as_it_lies_are_left_to_pytorch(
+    rows: int, parts: int, widened: list[torch.Tensor]
+) -> None:
+    hidden, weight, across = (torch.randn(n, m).bfloat16() for n, m in ((rows, 8), (4, 8), (8, 4)))
     torch.testing.assert_close(product(hidden, weight), hidden @ weight.T)
-    assert widened == [16] * (rows == 16)
+    assert len(widened) == parts
+    torch.testing.assert_close(product(hidden, across.T), hidden @ across)
+    assert len(widened) == parts + 1
 
 
-@pytest.mark.usefixtures("_no_bfloat16")
+def test_the_head_s_gradients_are_float32_s_where_bfloat16_is_slow(widened: list[torch.Tensor]) -> None:
+    torch.manual_seed(0)
+    model = tiny_llama(vocab_size=1500, tie_word_embeddings=False).bfloat16()
+    hidden, targets = torch.randn(20, 32).bfloat16(), torch.randint(0, 1500, (20,))
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        made = copy.deepcopy(model).to(dtype)
+        slope = Head(made).backward(hidden.to(dtype), targets, [0, 20], lambda first, last, logps: -torch.ones(20))
+        found.append((slope.float(), made.lm_head.weight.grad.float()))
+        assert bool(widened) or dtype == torch.float32
+    for mine, theirs in zip(*found, strict=True):
+        assert torch.nn.functional.cosine_similarity(mine.flatten(), theirs.flatten(), 0) > 0.9999
+
+
+@pytest.mark.parametrize(("base", "adapter"), [(False, True), (True, True), (True, False)])
+def test_a_layer_keeps_only_what_its_gradients_need(base: bool, adapter: bool) -> None:
+    layer = torch.nn.Linear(5, 3)
+    quicken(layer)
+    layer.weight.requires_grad_(base)
+    hidden = torch.randn(2, 4, 5).requires_grad_(adapter)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(hidden)
+    assert [t.shape for t in kept] == [hidden.shape] * base + [layer.weight.shape] * adapter
+
+
+@pytest.mark.usefixtures("widened")
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (5, 20.0)])
 def test_where_bfloat16_is_slow_attention_is_float32_s_rounded_once(window: int | None, softcap: float | None) -> None:
     torch.manual_seed(0)

@@ -108,7 +108,7 @@ def _keys(name: str, given: Flags) -> Flags:
 def _plan(words: list[str]) -> int:
     if not words or {"-h", "--help"} & set(words):
         print("sparring plan [METHOD] [--config RECIPE.yaml] [--key value ...] [--processes N] [--json]")
-        print("What `sparring METHOD` with these words would take of the device's memory; exit code 1 where too much.")
+        print("What `sparring METHOD` with these words takes of the device's memory. Exit code 1: it does not fit.")
         return 0
     named = words.pop(0) if not words[0].startswith("--") else None
     given = flags(words)

@@ -179,9 +179,8 @@ def _refuse_taken(journal: Journal, config: Config) -> None:
         raise ValueError(f"output_dir {journal.folder} is not empty and holds no run: choose a new folder")
     before, _ = journal.configuration()
     mine = config.flat()
-    for name in ("max_tokens_per_micro_batch", "lora_shard_base", "cache_implementation", "torch_compile"):
-        if mine[name] == "auto":  # what it came to is written down
-            mine[name] = before.get(name)
+    settled = [name for name, value in mine.items() if value == "auto" and name != "device"]  # and written down
+    mine |= {name: before.get(name) for name in settled}
     differing = [
         f"{k} ({before.get(k)!r}, now {mine.get(k)!r})" for k in {**before, **mine} if before.get(k) != mine.get(k)
     ]

@@ -112,15 +112,13 @@ def segment_attention(
 ) -> tuple[Tensor, None]:
     """softmax(scaling q k^T) v within segments; query [1, H, T, D], key and value [1, G, T, D]; returns [1, T, H, D].
 
-    Plain float32 goes through PyTorch's kernel, bfloat16, windows and soft-capped scores through :class:`Blocks`, which in bfloat16
-    is faster on a CPU. NotImplementedError for attention sinks and position biases.
+    Plain float32 goes through PyTorch's kernel, bfloat16, windows and soft-capped scores through :class:`Blocks`, which on a CPU is
+    faster in bfloat16, or keeps less. NotImplementedError for attention sinks and position biases.
     """
     refuse_others(others, dropout)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    longest = max(
-        s.stop - s.start + (segments[s.parent].stop - segments[s.parent].start if s.parent != ROOT else 0)
-        for s in segments
-    )
+    own = [segment.stop - segment.start for segment in segments]
+    longest = max(length + (own[s.parent] if s.parent != ROOT else 0) for length, s in zip(own, segments, strict=True))
     if sliding_window is not None and sliding_window >= longest:
         sliding_window = None
     if query.dtype == torch.float32 and sliding_window is None and softcap is None:
@@ -150,7 +148,8 @@ class Blocks(torch.autograd.Function):
     ) -> Tensor:
         """query [H, T, D], key and value [G, T, D]; returns [T, H, D]."""
         ctx.save_for_backward(query, key, value)
-        ctx.how, dtype = (segments, scaling, window, softcap), query.dtype
+        ctx.how = segments, scaling, window, softcap
+        dtype = query.dtype
         query, key, value = quick(query), quick(key), quick(value)
         out = query.new_empty(query.shape[1], *query.shape[::2])
         groups = key.shape[0]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
-FEW = 16  # rows; with fewer it takes longer to make the weight float32 than PyTorch's own product does
+FEW = 8  # rows; with fewer it takes longer to make a weight float32 than PyTorch's loops take where it lies row by row
 WIDENED = 2**22  # elements of a weight that are float32 at a time
 
 
@@ -23,20 +23,37 @@ def product(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     if _gains(hidden, weight):
         if hidden.dtype == torch.float32:
             return _onednn(hidden, weight, bias)
-        if hidden.numel() >= FEW * hidden.shape[-1]:
+        if hidden.numel() >= FEW * hidden.shape[-1] or weight.stride(-1) != 1:
             return _widened(hidden, weight, bias)
     return nn.functional.linear(hidden, weight, bias)
 
 
 def _widened(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    wide, out = hidden.float(), hidden.new_empty(*hidden.shape[:-1], len(weight))
-    step = max(1, WIDENED // weight.shape[1])
-    for first in range(0, len(weight), step):
-        rows = slice(first, first + step)
-        out[..., rows] = _onednn(wide, weight[rows].float(), None if bias is None else bias[rows].float())
+    """The product in float32, rounded once; a part of the weight's longer side at a time."""
+    outputs, inputs = weight.shape
+    base = None if bias is None else bias.float()
+    if inputs > outputs:
+        total = hidden.new_zeros(*hidden.shape[:-1], outputs, dtype=torch.float32)
+        for part in _cut(inputs, outputs):
+            total += _onednn(_wide(hidden[..., part]), weight[:, part].float(), None)
+            if isinstance(total, FakeTensor):
+                break  # a memory plan's: the others take what this one took
+        return (total if base is None else total.add_(base)).to(hidden.dtype)
+    wide, out = _wide(hidden), hidden.new_empty(*hidden.shape[:-1], outputs)
+    for part in _cut(outputs, inputs):
+        out[..., part] = _onednn(wide, weight[part].float(), None if base is None else base[part])
         if isinstance(out, FakeTensor):
-            break  # the others take what this one took
+            break
     return out
+
+
+def _cut(long: int, short: int) -> list[slice]:
+    step = max(1, WIDENED // short)
+    return [slice(first, first + step) for first in range(0, long, step)]
+
+
+def _wide(operand: Tensor) -> Tensor:  # contiguous, or oneDNN copies it once more
+    return operand.to(torch.float32, memory_format=torch.contiguous_format)
 
 
 def _onednn(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -50,19 +67,19 @@ class Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """hidden [..., I], weight [O, I], bias [O]; returns [..., O]."""
-        ctx.save_for_backward(hidden, weight)
+        ctx.save_for_backward(hidden if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
         return product(hidden, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """The gradients of those that need one."""
         hidden, weight = ctx.saved_tensors
-        slope = grads[0].flatten(0, -2)
+        slope = grads[0].reshape(-1, grads[0].shape[-1])
         d_hidden = d_weight = d_bias = None
         if ctx.needs_input_grad[0]:
-            d_hidden = product(slope, weight.t()).view_as(hidden)
+            d_hidden = product(slope, weight.t()).view(*grads[0].shape[:-1], weight.shape[1])
         if ctx.needs_input_grad[1]:
-            d_weight = product(slope.t(), hidden.flatten(0, -2).t())
+            d_weight = product(slope.t(), hidden.reshape(-1, hidden.shape[-1]).t())
         if ctx.needs_input_grad[2]:
             d_bias = slope.sum(0)
         return d_hidden, d_weight, d_bias
@@ -113,7 +130,7 @@ def _slow(operand: Tensor) -> bool:
 
 @functools.cache
 def _has_bfloat16() -> bool:
-    """Whether this processor multiplies in bfloat16; so is taken where it cannot be told."""
+    """Whether oneDNN is fast in bfloat16 on this processor; so is taken where it cannot be told."""
     try:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     except (AttributeError, RuntimeError):

@@ -36,28 +36,32 @@ class _StandIn(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, keys: int, padded: int) -> Tensor:
-        ctx.keys, ctx.padded, out = keys, padded, torch.empty_like(query)
-        if keys:
-            ctx.save_for_backward(query, key, value)
-            made = [quick(t) for t in (query, key, value)]
-            _scores(made[0], keys, 2)
-        else:
+        ctx.keys, ctx.padded = keys, padded
+        if not keys:
+            out = torch.empty_like(query)
             ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
-        return out
+            return out
+        ctx.save_for_backward(query, key, value)
+        dtype, (query, key, value) = query.dtype, (quick(t) for t in (query, key, value))
+        out = torch.empty_like(query)
+        _scores(query, keys, 2)
+        return out.to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        query, key, value, *_ = ctx.saved_tensors
+        query, key, value, *_ = given = ctx.saved_tensors
+        if ctx.keys:
+            query, key, value, _slope = (quick(t) for t in (*given, *grads))
         d_query = torch.empty_like(query)
         d_key, d_value = (torch.empty_like(t, dtype=torch.float32 if ctx.keys else t.dtype) for t in (key, value))
         if ctx.keys:
-            made = [quick(t) for t in (query, key, value, *grads)]
-            _scores(made[0], ctx.keys, 3)
+            _scores(query, ctx.keys, 3)
         if ctx.padded:  # queries' gradients in float32; keys' and values' of every head, where heads share them
             heads, depth = query.shape[1], query.shape[3]
             made = [query.new_empty(ctx.padded, heads, depth, dtype=torch.float32)]
             made += [t.new_empty(t.shape[2], heads, depth) for t in (key, value) if t.shape[1] < heads]
-        return d_query, d_key.to(key.dtype), d_value.to(value.dtype), None, None
+        found = (d.to(t.dtype) for d, t in zip((d_query, d_key, d_value), given[:3], strict=True))
+        return (*found, None, None)
 
 
 def _scores(query: Tensor, keys: int, times: int) -> list[Tensor]:

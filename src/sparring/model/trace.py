@@ -217,10 +217,11 @@ def _head(shape: Shape, worker: Any, states: Tensor, *, learns: bool) -> Tensor:
     if states.ndim == 1:
         return torch.empty_like(states)
     weight = worker.get_output_embeddings().weight
+    plain = weight.detach()
     room = KEPT.get(states.device.type, KEPT["cpu"]) // (len(weight) * states.element_size())
     rows = max(1, min(len(states), room))
     block = states.new_empty(rows, states.shape[1])
-    made = [product(block, weight)]
+    made = [product(block, plain)]
     if states.dtype != torch.float32:
         made.append(states.new_empty(CACHED.get(states.device.type, CACHED["cpu"]) // 4, dtype=torch.float32))
     if learns and weight.requires_grad:
@@ -233,7 +234,7 @@ def _head(shape: Shape, worker: Any, states: Tensor, *, learns: bool) -> Tensor:
             if states.device.type == "cpu":  # whose kernels widen a whole operand before they take it off a float32
                 made.append(torch.empty_like(weight[:WIDE], dtype=torch.float32))
     if learns:
-        product(made[0], weight.T)
+        product(made[0], plain.T)
     return torch.empty_like(states)
 
 
