@@ -50,7 +50,7 @@ class _StandIn(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         query, key, value, *_ = given = ctx.saved_tensors
-        if ctx.keys:
+        if ctx.keys:  # of the slope too there is a copy as long as this lasts
             query, key, value, _slope = (quick(t) for t in (*given, *grads))
         d_query = torch.empty_like(query)
         d_key, d_value = (torch.empty_like(t, dtype=torch.float32 if ctx.keys else t.dtype) for t in (key, value))
