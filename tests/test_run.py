@@ -187,6 +187,8 @@ def test_a_run_directory_of_another_configuration_is_refused_with_the_difference
     sparring.train(sparring.SFT, **keys)
     with pytest.raises(ValueError, match=r"another configuration: learning_rate \(0.001, now 0.01\)"):
         sparring.train(sparring.SFT, **(keys | {"learning_rate": 0.01}))
+    with pytest.raises(ValueError, match=r"another configuration: device \('auto', now 'cpu'\)"):
+        sparring.train(sparring.SFT, **(keys | {"device": "cpu"}))
     with pytest.raises(ValueError, match="sparring resume"):
         sparring.train(sparring.SFT, **keys)
     (tmp_path / "other").mkdir()
