@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from sparring.model.linear import has_bfloat16
+
 
 class Clock:
     """Seconds from start to stop."""
@@ -58,6 +60,11 @@ def _status(name: str) -> int:
     found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found
     return 1024 * int(found[1])
+
+
+def quick_dtype(device: torch.device) -> str:
+    """The precision of a short form: bf16, or fp32 on a processor without its instructions, where peers take minutes a step."""
+    return "bf16" if device.type == "cuda" or has_bfloat16() else "fp32"
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 0) -> float:

@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from _meters import Clock
+from _meters import Clock, quick_dtype
 from _report import Report, parser, ratios, spread
 from _side_by_side import BATCH, DTYPES, END, PAD, RATE, SHAPES, Shape, llama, make_pairs, our_writer, pair_of
 from generation import by_generate
@@ -232,16 +232,16 @@ def compared(method: SAPO, shape: Shape, dtype: str, updates: int, device: torch
 def main() -> None:
     """Compare cell by cell; print and write the table."""
     arguments = parser(__doc__ or "")
-    arguments.add_argument("--shapes", help="of S, M, L, toy, with commas; default S,M, M with --quick")
-    arguments.add_argument("--dtypes", help="of fp32, bf16; default both, bf16 with --quick")
+    arguments.add_argument("--shapes", help="of S, M, L, toy, with commas; default S,M, S with --quick")
+    arguments.add_argument("--dtypes", help="of fp32, bf16; default both, with --quick the one that is fast")
     arguments.add_argument("--losses", help="of dpo, orpo; default both, dpo with --quick")
     arguments.add_argument("--updates", type=int, help="measured updates of each cell")
     given = arguments.parse_args()
     updates = given.updates or (1 if given.quick else 5)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     report = Report("sapo_loop", "A SAPO update against the released code's organisation", given)
-    for shape in (given.shapes or ("M" if given.quick else "S,M")).split(","):
-        for dtype in (given.dtypes or ("bf16" if given.quick else "fp32,bf16")).split(","):
+    for shape in (given.shapes or ("S" if given.quick else "S,M")).split(","):
+        for dtype in (given.dtypes or (quick_dtype(device) if given.quick else "fp32,bf16")).split(","):
             for loss in (given.losses or ("dpo" if given.quick else "dpo,orpo")).split(","):
                 found = compared(SAPO(loss_type=loss), SHAPES[shape], dtype, updates, device)
                 report.figures.append(found)

@@ -10,7 +10,6 @@ linear, and what stays fixed less.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -24,12 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _meters import Clock, Peak, exact_memory
+from _meters import Clock, Peak, exact_memory, quick_dtype
 from _report import Report, parser, spread
 from _side_by_side import DTYPES, SHAPES, Shape, llama, make_pairs, needed_flops, our_learner
 
 from sparring.learner import Learner
 from sparring.methods.offline import DPO
+from sparring.model.create import InitModel, init_model
 from sparring.records import Pair
 
 SIZES = {
@@ -71,9 +71,10 @@ def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
     return statistics.linear_regression([*map(math.log, sizes)], [*map(math.log, values)]).slope
 
 
-def grown(axis: str, sizes: Sequence[int], dtype: str, turns: int, base: Shape, fixed: int) -> dict[str, Any]:
+def grown(
+    axis: str, sizes: Sequence[int], dtype: str, turns: int, base: Shape, fixed: int, device: torch.device
+) -> dict[str, Any]:
     """A step at every size, turn by turn, then once more with an eye on memory."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     points = [point(axis, size, base, fixed) for size in sizes]
     learners: list[Learner] = [
         our_learner(llama(shape, device), llama(shape, device, 1), DPO(), DTYPES[dtype], False) for shape, _ in points
@@ -106,12 +107,8 @@ def grown(axis: str, sizes: Sequence[int], dtype: str, turns: int, base: Shape, 
     }
 
 
-def two_processes(steps: int, toy: bool) -> dict[str, Any] | None:
-    """Pairs a second of ``sparring dpo`` in one process and in two, a thread each; None where it is one process only."""
-    if importlib.util.find_spec("sparring.model.parallel") is None:
-        return None
-    from sparring.model.create import InitModel, init_model
-
+def two_processes(steps: int, toy: bool) -> dict[str, Any]:
+    """Pairs a second of ``sparring dpo`` in one process and in two, a thread each."""
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as scratch:
@@ -143,20 +140,21 @@ def main() -> None:
     """Grow along each axis; print and write the tables."""
     arguments = parser(__doc__ or "")
     arguments.add_argument("--axes", default=",".join((*SIZES, "processes")))
-    arguments.add_argument("--dtypes", default="bf16")
+    arguments.add_argument("--dtypes", help="of fp32, bf16; default bf16, with --quick the one that is fast")
     arguments.add_argument("--turns", type=int, help="measured turns")
     arguments.add_argument("--toy", action="store_true", help="tiny sizes, to see that it runs")
     given = arguments.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     report = Report("scaling", "How a step grows", given)
     turns = given.turns or (2 if given.quick else 5)
     base, fixed = (SHAPES["toy"], 16) if given.toy else (SHAPES["S"], 128)
     axes = given.axes.split(",")
-    for dtype in given.dtypes.split(","):
+    for dtype in (given.dtypes or (quick_dtype(device) if given.quick else "bf16")).split(","):
         for axis in axes:
             if axis == "processes":
                 continue
             sizes = SMALL[axis] if given.toy else SIZES[axis][: 3 if given.quick else None]
-            found = grown(axis, sizes, dtype, turns, base, fixed)
+            found = grown(axis, sizes, dtype, turns, base, fixed, device)
             report.figures.append(found)
             seconds = ", ".join(f"{statistics.median(values):.3g}" for values in found["seconds"])
             peaks = ", ".join(f"{value / 1e6:.0f}" for value in found["peaks"])
@@ -165,10 +163,8 @@ def main() -> None:
             report.row("Growth", COLUMNS, cells)
     if "processes" in axes:
         both = two_processes(2 if given.toy or given.quick else 20, given.toy)
-        cells = ["-", "-", "not measured"]
-        if both:
-            report.figures.append(both)
-            cells = [*(f"{rate:.2f}" for rate in both["pairs_per_second"].values()), f"{both['times_one']:.2f}"]
+        report.figures.append(both)
+        cells = [*(f"{rate:.2f}" for rate in both["pairs_per_second"].values()), f"{both['times_one']:.2f}"]
         report.row("Processes", PROCESSES, ("sparring dpo, a thread in each process", *cells))
     report.note(NOTE)
     report.finish()

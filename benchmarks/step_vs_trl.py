@@ -17,7 +17,7 @@ import warnings
 from typing import Any
 
 import torch
-from _meters import matmul_rate
+from _meters import matmul_rate, quick_dtype
 from _paired import CACHED, COMPACT, OURS, PRECOMPUTED, STOCK, Cell, Found, compared
 from _report import Report, parser, ratios, spread
 from _side_by_side import SHAPES, needed_flops
@@ -32,7 +32,7 @@ PLAN = (
     ("S", "unkind", "fp32", False),
     *(("long", "dpo", dtype, False) for dtype in ("bf16", "fp32")),
 )
-QUICK = (("S", "dpo", "bf16", False), ("M", "dpo", "bf16", False))
+QUICK = ("S", "M")
 STEPS = {"S": 5, "M": 5}  # 3 elsewhere
 QUICK_STEPS = {"S": 3, "M": 1}
 NAMES = ("shape", "pairs", "dtype", "checkpointing")
@@ -125,9 +125,9 @@ def figures_of(cell: Cell, found: Found, steps: int, rate: float) -> dict[str, A
 
 def cells(given: argparse.Namespace) -> list[tuple[str, str, str, bool]]:
     """Shape, pairs, precision and checkpointing of each cell asked for."""
-    plan = QUICK if given.quick else PLAN
     if not any((given.shapes, given.pairs, given.dtypes, given.checkpointing)):
-        return list(plan)
+        dtype = quick_dtype(torch.device("cpu"))  # every cell's
+        return [(shape, "dpo", dtype, False) for shape in QUICK] if given.quick else list(PLAN)
 
     def asked(text: str | None, default: tuple[str, ...]) -> list[str]:
         return text.split(",") if text else list(default)

@@ -72,7 +72,7 @@ def widened(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """A processor without bfloat16; the weights that oneDNN is given, of at most 200 elements at a time."""
     given: list[torch.Tensor] = []
     plain = linear._onednn
-    monkeypatch.setattr(linear, "_has_bfloat16", lambda: False)
+    monkeypatch.setattr(linear, "has_bfloat16", lambda: False)
     monkeypatch.setattr(linear, "WIDENED", 200)
     monkeypatch.setattr(linear, "_onednn", lambda h, w, b: given.append(w) or plain(h, w, b))
     return given

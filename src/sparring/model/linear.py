@@ -125,11 +125,11 @@ def _there() -> bool:
 
 
 def _slow(operand: Tensor) -> bool:
-    return operand.dtype == torch.bfloat16 and operand.device.type == "cpu" and not _has_bfloat16()
+    return operand.dtype == torch.bfloat16 and operand.device.type == "cpu" and not has_bfloat16()
 
 
 @functools.cache
-def _has_bfloat16() -> bool:
+def has_bfloat16() -> bool:
     """Whether oneDNN is fast in bfloat16 on this processor; so is taken where it cannot be told."""
     try:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
