@@ -3,14 +3,13 @@
 import json
 import math
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+import started
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 with_trl = pytest.mark.skipif(find_spec("trl") is None, reason="TRL is not installed")
@@ -18,10 +17,8 @@ with_trl = pytest.mark.skipif(find_spec("trl") is None, reason="TRL is not insta
 
 def run(name: str, folder: Path, *words: str) -> tuple[list[dict[str, Any]], str]:
     """The figures and the Markdown of a benchmark."""
-    line = [sys.executable, str(BENCHMARKS / f"{name}.py"), *words]
-    outcome = subprocess.run(
-        [*line, "--json", str(folder / "figures.json"), "--results", str(folder)], capture_output=True, text=True
-    )
+    line = [str(BENCHMARKS / f"{name}.py"), *words]
+    outcome = started.run([*line, "--json", str(folder / "figures.json"), "--results", str(folder)])
     assert outcome.returncode == 0, outcome.stderr
     found = json.loads((folder / "figures.json").read_text())
     (file,) = folder.glob(f"*-{name.replace('_', '-')}.md")
@@ -86,8 +83,8 @@ def test_without_cuda_the_gpu_script_says_so_and_succeeds(tmp_path: Path) -> Non
 
     if torch.cuda.is_available():
         pytest.skip("there is CUDA")
-    line = [sys.executable, str(BENCHMARKS / "gpu.py"), "--results", str(tmp_path)]
-    outcome = subprocess.run(line, capture_output=True, text=True, check=True)
+    outcome = started.run([str(BENCHMARKS / "gpu.py"), "--results", str(tmp_path)])
+    assert outcome.returncode == 0
     assert "no CUDA" in outcome.stdout
     assert not list(tmp_path.iterdir())
 

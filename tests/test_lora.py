@@ -6,13 +6,12 @@ import json
 import math
 import random
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import started
 import test_resume
 import torch
 from small import PAD, pair, tiny_llama
@@ -400,7 +399,7 @@ def test_dpo_from_an_adapter_starts_at_log_2_and_goes_on_with_its_shape(
     words = ["dpo", "--use_peft", "--model_name_or_path", str(inputs["adapter"]), "--dataset_name"]
     words += [str(inputs["pairs"]), "--output_dir", str(tmp_path / "run"), "--max_steps", "4", "--max_length", "96"]
     words += ["--max_prompt_length", "48", "--learning_rate", "1e-2", "--warmup_ratio", "0", "--lora_alpha", "8"]
-    done = subprocess.run([sys.executable, "-m", "sparring", *words], capture_output=True, text=True, check=False)
+    done = started.run(["-m", "sparring", *words])
     assert done.returncode == 0, done.stderr
     assert "LoRA of rank 4, alpha 8, on 6 modules" in " ".join(done.stderr.split())
     losses = [json.loads(line).get("loss") for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -409,12 +408,7 @@ def test_dpo_from_an_adapter_starts_at_log_2_and_goes_on_with_its_shape(
     assert losses[-1] < losses[0]
     about = json.loads((tmp_path / "run" / "model" / "adapter_config.json").read_text())
     assert (about["r"], about["lora_alpha"], about["base_model_name_or_path"]) == (4, 8, str(inputs["model"]))
-    done = subprocess.run(
-        [sys.executable, "-m", "sparring", "merge", str(tmp_path / "run"), "--output_dir", str(tmp_path / "merged")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = started.run(["-m", "sparring", "merge", str(tmp_path / "run"), "--output_dir", str(tmp_path / "merged")])
     assert done.returncode == 0, done.stderr
     assert f"merged  {tmp_path / 'run' / 'model'} into {inputs['model']}, in float32" in done.stdout
     assert (tmp_path / "merged" / "model.safetensors").exists()

@@ -2,14 +2,13 @@
 
 import functools
 import json
-import os
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import started
 import torch
 from toyrun import toy_folder, write_pairs
 from transformers import LlamaConfig
@@ -155,21 +154,16 @@ DIVIDED: list[dict[str, Any]] = [
         "per_device_train_batch_size": 8,
     },
 ]
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are measured by Linux's own count")
 @pytest.mark.parametrize(
-    ("launcher", "given"),
-    [([], given) for given in MEASURED] + [(TORCHRUN, given) for given in DIVIDED],
-    ids=lambda given: " ".join(map(str, given.values())) if isinstance(given, dict) else "two" if given else "one",
+    ("processes", "given"),
+    [(1, given) for given in MEASURED] + [(2, given) for given in DIVIDED],
+    ids=lambda given: " ".join(map(str, given.values())) if isinstance(given, dict) else str(given),
 )
-def test_the_plan_is_within_15_percent_of_the_measured_peak(launcher: list[str], given: dict[str, Any]) -> None:
-    script = Path(__file__).with_name("measured.py")
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1] / "src")}
-    environment |= {"OMP_NUM_THREADS": "1"} if launcher else {}
-    command = [sys.executable, *launcher, str(script), json.dumps(given)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+def test_the_plan_is_within_15_percent_of_the_measured_peak(processes: int, given: dict[str, Any]) -> None:
+    done = started.run([str(Path(__file__).with_name("measured.py")), json.dumps(given)], processes)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["planned"] == pytest.approx(result["measured"], rel=0.15), result

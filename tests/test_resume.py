@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from small import tiny_llama
+from started import Started
 from toyrun import toy_folder, write_pairs, write_rows
 
 from sparring import checkpoint
@@ -63,7 +64,7 @@ def command(name: str, model: Path, data: Path, out: Path) -> list[str]:
     keys = {**COMMON, **METHODS[name], "model_name_or_path": model, "dataset_name": data, "output_dir": out}
     if name == "sppo":
         keys |= {"verifier": f"{data.parent / 'verifier.py'}:score", "eval_dataset_name": data}
-    return [sys.executable, "-m", "sparring", name, *(word for k, v in keys.items() for word in (f"--{k}", str(v)))]
+    return ["-m", "sparring", name, *(word for k, v in keys.items() for word in (f"--{k}", str(v)))]
 
 
 def state(folder: Path) -> dict[str, bytes]:
@@ -83,7 +84,7 @@ def kill_and_resume(name: str, inputs: tuple[Path, Path], folder: Path, rng: ran
     struck = 0
     words = command(name, *inputs, folder)
     for attempt in range(kills + 1):
-        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(folder))
+        process = Started(words, env=environment(folder))
         if attempt < kills:
             _wait_for_progress(process, folder, rng)
             process.send_signal(signal.SIGKILL)
@@ -91,7 +92,7 @@ def kill_and_resume(name: str, inputs: tuple[Path, Path], folder: Path, rng: ran
         else:
             assert process.wait(timeout=300) == 0
         if (folder / "config.yaml").exists():
-            words = [sys.executable, "-m", "sparring", "resume", str(folder)]
+            words = ["-m", "sparring", "resume", str(folder)]
         elif folder.exists():
             shutil.rmtree(folder)
     return struck
@@ -107,7 +108,7 @@ def calls(folder: Path) -> list[bytes]:
     return Path(f"{folder}.calls").read_bytes().splitlines()
 
 
-def _wait_for_progress(process: "subprocess.Popen[bytes]", folder: Path, rng: random.Random) -> None:
+def _wait_for_progress(process: Started, folder: Path, rng: random.Random) -> None:
     """Until the run has made some more updates, and then a random moment."""
     metrics, log = folder / "metrics.jsonl", Path(f"{folder}.calls")
 
@@ -137,7 +138,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Pa
 
 
 def unbroken(name: str, inputs: tuple[Path, Path], folder: Path) -> dict[str, bytes]:
-    subprocess.run(command(name, *inputs, folder), check=True, capture_output=True, env=environment(folder))
+    words = [sys.executable, *command(name, *inputs, folder)]  # by itself, with draws of its own for what Python draws
+    subprocess.run(words, check=True, capture_output=True, env=environment(folder))
     return state(folder)
 
 
@@ -186,15 +188,13 @@ def test_ten_kills_of_each_method_leave_no_trace(
 
 def test_sigterm_finishes_the_update_saves_and_exits_0(inputs: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
     expected = unbroken("dpo", inputs["dpo"], tmp_path / "whole")
-    process = subprocess.Popen(
-        command("dpo", *inputs["dpo"], tmp_path / "run"), stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    process = Started(command("dpo", *inputs["dpo"], tmp_path / "run"))
     while not (tmp_path / "run" / "metrics.jsonl").exists() or len(_lines(tmp_path / "run")) < 3:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0
-    assert b"sparring resume" in out
+    assert "sparring resume" in out
     steps = [line["step"] for line in _lines(tmp_path / "run") if "loss" in line]
     saved = checkpoint.found(tmp_path / "run" / "checkpoints")[-1]
     assert int(saved.name) == steps[-1] < 24
@@ -208,7 +208,7 @@ def test_a_full_disk_while_a_checkpoint_is_written_is_said_and_earlier_ones_stay
     words = command("dpo", *inputs["dpo"], tmp_path / "run")
     # Files of this process may grow to 90 kB: records and metrics fit, the weights do not.
     limited = (
-        f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (90000, 90000)); sys.argv[1:] = {words[3:]!r}; "
+        f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (90000, 90000)); sys.argv[1:] = {words[2:]!r}; "
         "from sparring.cli import main; sys.exit(main())"
     )
     done = subprocess.run([sys.executable, "-c", limited], capture_output=True, text=True, check=False)

@@ -11,10 +11,12 @@ import weakref
 from pathlib import Path
 
 import pytest
+import started
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from small import made_once, tiny_llama
+from started import Started
 from toyrun import toy_folder, write_rows
 from two import CASES, DEVICE, METHODS, play
 
@@ -28,7 +30,6 @@ from sparring.model.sharding import divide, empty, gathered, shard
 CPU, RANK_4 = torch.device("cpu"), AdapterConfig(use_peft=True, lora_r=4)
 TESTS = Path(__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-QUIET = {**os.environ, "OMP_NUM_THREADS": "1"}
 KEYS = {
     "max_length": 96,
     "max_prompt_length": 48,
@@ -51,7 +52,7 @@ def by_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes made of every case."""
 
     def make(out: Path) -> None:
-        done = subprocess.run([*TORCHRUN, str(TESTS / "two.py"), str(out)], capture_output=True, text=True, env=QUIET)
+        done = started.run([str(TESTS / "two.py"), str(out)], processes=2)
         assert done.returncode == 0, done.stderr[-3000:]
 
     return made_once(tmp_path_factory, "by-two", make)
@@ -76,13 +77,13 @@ def test_two_processes_make_the_updates_of_one_with_ema_and_moving_reference_and
         )
 
 
-def words(model: Path, data: Path, out: Path, launch: list[str]) -> list[str]:
+def words(model: Path, data: Path, out: Path) -> list[str]:
     keys = {**KEYS, "model_name_or_path": model, "dataset_name": data, "output_dir": out}
-    return [*launch, "-m", "sparring", "sapo", *(word for k, v in keys.items() for word in (f"--{k}", str(v)))]
+    return ["-m", "sparring", "sapo", *(word for k, v in keys.items() for word in (f"--{k}", str(v)))]
 
 
-def run(command: list[str]) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(command, capture_output=True, text=True, env=QUIET, timeout=300)
+def torchrun(words: list[str]) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([*TORCHRUN, *words], capture_output=True, text=True, timeout=300)
 
 
 def figures(folder: Path) -> list[dict[str, float]]:
@@ -104,7 +105,7 @@ def whole_run(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactor
     """A run of two processes that nothing befell."""
 
     def make(folder: Path) -> None:
-        done = run(words(*inputs, folder / "run", TORCHRUN))
+        done = torchrun(words(*inputs, folder / "run"))
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count("finished") == 1
 
@@ -112,7 +113,7 @@ def whole_run(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactor
 
 
 def test_a_run_of_two_processes_is_a_run(whole_run: Path, inputs: tuple[Path, Path], tmp_path: Path) -> None:
-    assert run(words(*inputs, tmp_path / "one", [sys.executable])).returncode == 0
+    assert started.run(words(*inputs, tmp_path / "one")).returncode == 0
     ours, one = figures(whole_run), figures(tmp_path / "one")
     assert [line.keys() for line in ours] == [line.keys() for line in one]
     for mine, other in zip(ours, one, strict=True):  # generation in other batches may round one draw another way
@@ -143,9 +144,9 @@ def test_the_cache_is_static_where_all_processes_found_it_faster(
     static: str, found: str, inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "clocks.py").write_text(CLOCKS)
-    monkeypatch.setitem(QUIET, "STATIC", static)
-    given = words(*inputs, tmp_path / "run", [])[2:]  # without -m sparring
-    done = run([*TORCHRUN, str(tmp_path / "clocks.py"), *given, "--torch_compile", "false"])
+    monkeypatch.setenv("STATIC", static)
+    given = words(*inputs, tmp_path / "run")[2:]  # without -m sparring
+    done = started.run([str(tmp_path / "clocks.py"), *given, "--torch_compile", "false"], processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"cache_implementation: {found}\n" in (tmp_path / "run" / "config.yaml").read_text()
     assert [line["step"] for line in figures(tmp_path / "run") if "loss" in line][-1] == KEYS["max_steps"]
@@ -210,7 +211,7 @@ def test_a_killed_process_ends_the_job_with_a_clear_error_and_the_run_resumes_to
     whole_run: Path, inputs: tuple[Path, Path], tmp_path: Path
 ) -> None:
     folder = tmp_path / "killed"
-    job = subprocess.Popen(words(*inputs, folder, TORCHRUN), stderr=subprocess.PIPE, text=True, env=QUIET)
+    job = subprocess.Popen([*TORCHRUN, *words(*inputs, folder)], stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 120
     while not found(folder / "checkpoints") and time.monotonic() < until and job.poll() is None:
         time.sleep(0.01)
@@ -222,25 +223,24 @@ def test_a_killed_process_ends_the_job_with_a_clear_error_and_the_run_resumes_to
     status = json.loads((folder / "status.json").read_text())
     assert status["state"] in ("failed", "interrupted")  # torchrun may stop the other process before it notices
     assert not (folder / "model").exists()
-    done = run([*TORCHRUN, "-m", "sparring", "resume", str(folder)])
+    done = torchrun(["-m", "sparring", "resume", str(folder)])
     assert done.returncode == 0, done.stdout + done.stderr
     for name in ("model/model.safetensors", "model_ema/model.safetensors", "metrics.jsonl"):
         assert (folder / name).read_bytes() == (whole_run / name).read_bytes(), name
 
 
 def test_a_run_of_two_goes_on_as_one_and_a_run_of_one_as_two(inputs: tuple[Path, Path], tmp_path: Path) -> None:
-    for first, second in ((TORCHRUN, [sys.executable]), ([sys.executable], TORCHRUN)):
-        folder = tmp_path / f"from-{len(first)}"
-        command = words(*inputs, folder, first)
-        job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=QUIET)
+    for first, second in ((2, 1), (1, 2)):
+        folder = tmp_path / f"from-{first}"
+        job = Started(words(*inputs, folder), first)
         until = time.monotonic() + 120
         while not found(folder / "checkpoints") and time.monotonic() < until and job.poll() is None:
             time.sleep(0.01)
-        job.send_signal(signal.SIGINT if len(first) == 1 else signal.SIGTERM)
+        job.send_signal(signal.SIGINT if first == 1 else signal.SIGTERM)
         job.communicate(timeout=120)
         assert not (folder / "model").exists()
         before = figures(folder)
-        done = run([*second, "-m", "sparring", "resume", str(folder)])
+        done = started.run(["-m", "sparring", "resume", str(folder)], second)
         assert done.returncode == 0, done.stderr[-3000:]
         after = figures(folder)
         shared = min(len(before), len(after))
@@ -262,19 +262,19 @@ def test_a_divided_base_changes_nothing_also_where_it_starts_from_an_adapter_and
     adapted.save_pretrained(tmp_path / "adapter")
     launches = {}
     for name, divided in (("whole", "false"), ("divided", "true")):
-        launches[name] = words(tmp_path / "adapter", inputs[1], tmp_path / name, TORCHRUN)
+        launches[name] = words(tmp_path / "adapter", inputs[1], tmp_path / name)
         launches[name] += ["--use_peft", "--lora_shard_base", divided]
-    done = run(launches["whole"])
+    done = started.run(launches["whole"], 2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "the base is divided" not in done.stderr
-    job = subprocess.Popen(launches["divided"], stderr=subprocess.PIPE, text=True, env=QUIET)
+    job = Started(launches["divided"], 2)
     until = time.monotonic() + 120
     while not found(tmp_path / "divided" / "checkpoints") and time.monotonic() < until and job.poll() is None:
         time.sleep(0.01)
     job.send_signal(signal.SIGTERM)
     assert "the base is divided over 2 processes" in job.communicate(timeout=120)[1]
     assert not (tmp_path / "divided" / "model").exists()
-    done = run([*TORCHRUN, "-m", "sparring", "resume", str(tmp_path / "divided")])
+    done = started.run(["-m", "sparring", "resume", str(tmp_path / "divided")], 2)
     assert done.returncode == 0, done.stdout + done.stderr
     files = (
         "model/adapter_model.safetensors",
@@ -391,11 +391,10 @@ def test_rounds_with_a_judge_are_played_by_two_processes_as_by_one(
     if judge == "policy":
         (template := tmp_path / "short.jinja").write_text("{{ question }} {{ a }} {{ b }}")
         extra |= {"judge_template": str(template)}
-    for name, launch in (("one", [sys.executable]), ("two", TORCHRUN)):
+    for processes, name in enumerate(("one", "two"), start=1):
         given = {**keys, **extra, "output_dir": tmp_path / name}
-        done = run(
-            [*launch, "-m", "sparring", "sppo", *(word for k, v in given.items() for word in (f"--{k}", str(v)))]
-        )
+        command = ["-m", "sparring", "sppo", *(word for k, v in given.items() for word in (f"--{k}", str(v)))]
+        done = started.run(command, processes)
         assert done.returncode == 0, done.stderr[-3000:]
     one, two = figures(tmp_path / "one"), figures(tmp_path / "two")
     begun = one.pop(0), two.pop(0)
