@@ -37,10 +37,10 @@ def gone_through_once() -> Iterator[None]:
     """Going through a model costs a second or two, and says the same of the same shape."""
     known: dict[Any, Passes] = {}
 
-    def passes(shape: Shape, budget: int) -> Passes:
-        key = shape.config.to_json_string(), replace(shape, config=None), budget  # type: ignore[arg-type]
+    def passes(shape: Shape, budget: int, again: bool) -> Passes:
+        key = shape.config.to_json_string(), replace(shape, config=None), budget, again  # type: ignore[arg-type]
         if key not in known:
-            known[key] = found_passes(shape, budget)
+            known[key] = found_passes(shape, budget, again)
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -134,7 +134,7 @@ def test_the_configuration_that_is_asked_stays_as_it_is() -> None:
 
 
 def test_a_model_that_needs_numbers_has_no_plan_and_runs_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuses(shape: Shape, budget: int) -> Any:
+    def refuses(shape: Shape, budget: int, again: bool) -> Any:
         raise NotImplementedError("llama cannot be gone through")
 
     monkeypatch.setattr(model_parts, "passes", refuses)

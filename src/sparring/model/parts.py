@@ -105,9 +105,9 @@ class Parts:
         training, layers, row = self._config.training, self._gathered, min(budget, self._most)
         gradients = 4 * sum(p.numel() for p in self._model.parameters() if p.requires_grad) // self._shards
         if row not in self._traced:
-            self._traced[row] = passes(self._shape, row)
+            self._traced[row] = passes(self._shape, row, again=row < self._most)
         found = self._traced[row]
-        peak = found.later if self._most > budget else found.first
+        peak = found.later if row < self._most else found.first
         above = peak - gradients
         if self._shape.divided:  # each layer's leave as they are made
             above = max(peak, found.back + layers.gradients, layers.around)

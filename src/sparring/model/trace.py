@@ -41,7 +41,7 @@ class Passes:
 
     kept: int  # what autograd has kept when the backbone's forward pass ends
     first: int  # an update's first micro-batch, whose gradients come into being
-    later: int  # another one
+    later: int  # another one; the same where that is not gone through
     glance: int  # without gradient, as the reference's
     back: int  # in the backward pass alone, after the head's
 
@@ -95,8 +95,11 @@ class Live(TorchDispatchMode):
         return peak
 
 
-def passes(shape: Shape, budget: int) -> Passes:
-    """What passes over a micro-batch of ``budget`` tokens take; NotImplementedError where the model's code needs numbers."""
+def passes(shape: Shape, budget: int, again: bool = True) -> Passes:
+    """What passes over a micro-batch of ``budget`` tokens take, and ``again`` over another one of the same update.
+
+    NotImplementedError where the model's code needs numbers.
+    """
     whole = _layout(shape, budget)
     with _model(shape) as worker:
         layout = _fake(whole)
@@ -110,7 +113,7 @@ def passes(shape: Shape, budget: int) -> Passes:
             worker.train()
             if shape.checkpointing:
                 checkpointing(worker)
-            for _ in range(2):
+            for _ in range(1 + again):
                 states = _forward(shape, worker, layout)
                 kept = kept or live.now
                 slope = _head(shape, worker, states, learns=True)
@@ -122,7 +125,7 @@ def passes(shape: Shape, budget: int) -> Passes:
                 if shape.divided:
                     for weight in worker.parameters():
                         weight.grad = None
-    return Passes(kept, peaks[0], peaks[1], glance, back)
+    return Passes(kept, peaks[0], peaks[-1], glance, back)
 
 
 def writing(shape: Shape, rows: int) -> tuple[int, int]:
