@@ -12,6 +12,8 @@ import torch
 
 from sparring.model.linear import has_bfloat16
 
+QUICK_DTYPE = "with --quick bf16, or fp32 where the processor has no bfloat16"
+
 
 class Clock:
     """Seconds from start to stop."""

@@ -12,7 +12,7 @@ import contextlib
 from typing import Any
 
 import torch
-from _meters import Clock, quick_dtype
+from _meters import QUICK_DTYPE, Clock, quick_dtype
 from _report import Report, parser, ratios, spread
 from _side_by_side import BATCH, DTYPES, SHAPES, Shape, llama, make_pairs, our_learner, our_writer
 from generation import CASES, Case, requests_of, timed
@@ -101,7 +101,7 @@ def main() -> None:
     """Steps, then writing; print and write the tables."""
     arguments = parser(__doc__ or "")
     arguments.add_argument("--shapes", help="of S, M, L, toy, 0.5B, 1B, with commas; S,M, on CUDA 0.5B,1B")
-    arguments.add_argument("--dtypes", help="of fp32, bf16; default bf16, with --quick the one that is fast")
+    arguments.add_argument("--dtypes", help=f"of fp32, bf16; default bf16, {QUICK_DTYPE}")
     arguments.add_argument("--steps", type=int, help="measured updates of each side")
     arguments.add_argument("--new", type=int, help="tokens that a row may write")
     arguments.add_argument("--turns", type=int, help="measured turns of each case")

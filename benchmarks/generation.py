@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from _meters import Clock, quick_dtype
+from _meters import QUICK_DTYPE, Clock, quick_dtype
 from _report import Report, parser, ratios, spread
 from _side_by_side import DTYPES, END, FIRST, PAD, SHAPES, Shape, llama, our_writer
 
@@ -148,7 +148,7 @@ def main() -> None:
     """Compare case by case; print and write the table."""
     arguments = parser(__doc__ or "")
     arguments.add_argument("--shapes", default="S,M", help="of S, M, L, toy, with commas")
-    arguments.add_argument("--dtypes", help="of fp32, bf16; default both, with --quick the one that is fast")
+    arguments.add_argument("--dtypes", help=f"of fp32, bf16; default both, {QUICK_DTYPE}")
     arguments.add_argument("--new", type=int, help="tokens that a row may write")
     arguments.add_argument("--turns", type=int, help="measured turns of each case")
     given = arguments.parse_args()

@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from _meters import Clock, quick_dtype
+from _meters import QUICK_DTYPE, Clock, quick_dtype
 from _report import Report, parser, ratios, spread
 from _side_by_side import BATCH, DTYPES, END, PAD, RATE, SHAPES, Shape, llama, make_pairs, our_writer, pair_of
 from generation import by_generate
@@ -233,7 +233,7 @@ def main() -> None:
     """Compare cell by cell; print and write the table."""
     arguments = parser(__doc__ or "")
     arguments.add_argument("--shapes", help="of S, M, L, toy, with commas; default S,M, S with --quick")
-    arguments.add_argument("--dtypes", help="of fp32, bf16; default both, with --quick the one that is fast")
+    arguments.add_argument("--dtypes", help=f"of fp32, bf16; default both, {QUICK_DTYPE}")
     arguments.add_argument("--losses", help="of dpo, orpo; default both, dpo with --quick")
     arguments.add_argument("--updates", type=int, help="measured updates of each cell")
     given = arguments.parse_args()

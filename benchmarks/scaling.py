@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _meters import Clock, Peak, exact_memory, quick_dtype
+from _meters import QUICK_DTYPE, Clock, Peak, exact_memory, quick_dtype
 from _report import Report, parser, spread
 from _side_by_side import DTYPES, SHAPES, Shape, llama, make_pairs, needed_flops, our_learner
 
@@ -140,7 +140,7 @@ def main() -> None:
     """Grow along each axis; print and write the tables."""
     arguments = parser(__doc__ or "")
     arguments.add_argument("--axes", default=",".join((*SIZES, "processes")))
-    arguments.add_argument("--dtypes", help="of fp32, bf16; default bf16, with --quick the one that is fast")
+    arguments.add_argument("--dtypes", help=f"of fp32, bf16; default bf16, {QUICK_DTYPE}")
     arguments.add_argument("--turns", type=int, help="measured turns")
     arguments.add_argument("--toy", action="store_true", help="tiny sizes, to see that it runs")
     given = arguments.parse_args()

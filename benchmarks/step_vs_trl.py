@@ -17,7 +17,7 @@ import warnings
 from typing import Any
 
 import torch
-from _meters import matmul_rate, quick_dtype
+from _meters import QUICK_DTYPE, matmul_rate, quick_dtype
 from _paired import CACHED, COMPACT, OURS, PRECOMPUTED, STOCK, Cell, Found, compared
 from _report import Report, parser, ratios, spread
 from _side_by_side import SHAPES, needed_flops
@@ -125,9 +125,9 @@ def figures_of(cell: Cell, found: Found, steps: int, rate: float) -> dict[str, A
 
 def cells(given: argparse.Namespace) -> list[tuple[str, str, str, bool]]:
     """Shape, pairs, precision and checkpointing of each cell asked for."""
+    short = (quick_dtype(torch.device("cpu")),)  # every cell's device
     if not any((given.shapes, given.pairs, given.dtypes, given.checkpointing)):
-        dtype = quick_dtype(torch.device("cpu"))  # every cell's
-        return [(shape, "dpo", dtype, False) for shape in QUICK] if given.quick else list(PLAN)
+        return [(shape, "dpo", *short, False) for shape in QUICK] if given.quick else list(PLAN)
 
     def asked(text: str | None, default: tuple[str, ...]) -> list[str]:
         return text.split(",") if text else list(default)
@@ -136,7 +136,7 @@ def cells(given: argparse.Namespace) -> list[tuple[str, str, str, bool]]:
         (shape, kind, dtype, checkpointing == "on")
         for shape in asked(given.shapes, ("S", "M"))
         for kind in asked(given.pairs, ("dpo",))
-        for dtype in asked(given.dtypes, ("fp32", "bf16"))
+        for dtype in asked(given.dtypes, short if given.quick else ("fp32", "bf16"))
         for checkpointing in asked(given.checkpointing, ("off",))
     ]
 
@@ -146,7 +146,7 @@ def main() -> None:
     arguments = parser(__doc__ or "")
     arguments.add_argument("--shapes", help="of S, M, L, long, toy, with commas")
     arguments.add_argument("--pairs", help="of dpo, sapo, unkind")
-    arguments.add_argument("--dtypes", help="of fp32, bf16")
+    arguments.add_argument("--dtypes", help=f"of fp32, bf16; default both, {QUICK_DTYPE}")
     arguments.add_argument("--checkpointing", help="of off, on")
     arguments.add_argument("--steps", type=int, help="measured steps of each cell")
     given = arguments.parse_args()

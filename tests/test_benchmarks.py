@@ -3,13 +3,16 @@
 import json
 import math
 import re
+from argparse import Namespace
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import started
+import torch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 with_trl = pytest.mark.skipif(find_spec("trl") is None, reason="TRL is not installed")
@@ -125,12 +128,29 @@ def test_growth_is_counted_beside_what_was_measured(tmp_path: Path) -> None:
         assert math.isfinite(by_axis[axis]["time_slope"][0])
 
 
-def test_two_processes_are_measured_against_one_where_a_run_can_have_them(tmp_path: Path) -> None:
-    figures, text = run("scaling", tmp_path, "--toy", "--axes", "pairs,processes", "--turns", "1")
-    if find_spec("sparring.model.parallel") is None:
-        assert "not measured" in text
-    else:
-        assert list(positive(figures[-1]["pairs_per_second"]))
+def test_two_processes_are_measured_against_one(tmp_path: Path) -> None:
+    figures, _ = run("scaling", tmp_path, "--toy", "--axes", "pairs,processes", "--turns", "1")
+    assert list(positive(figures[-1]["pairs_per_second"]))
+
+
+@with_trl
+def test_short_forms_are_in_float32_where_the_processor_has_no_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    step_vs_trl, meters = import_module("step_vs_trl"), import_module("_meters")
+    given = {"quick": True, "shapes": None, "pairs": None, "dtypes": None, "checkpointing": None}
+
+    def cells(**more: Any) -> list[tuple[str, str, str, bool]]:
+        found: list[tuple[str, str, str, bool]] = step_vs_trl.cells(Namespace(**given | more))
+        return found
+
+    for there, short in ((False, "fp32"), (True, "bf16")):
+        monkeypatch.setattr(meters, "has_bfloat16", lambda there=there: there)
+        assert cells() == [("S", "dpo", short, False), ("M", "dpo", short, False)]
+        assert cells(shapes="L") == [("L", "dpo", short, False)]
+        assert cells(shapes="L", dtypes="bf16") == [("L", "dpo", "bf16", False)]
+        assert cells(quick=False) == list(step_vs_trl.PLAN)
+        assert {cell[2] for cell in cells(quick=False, shapes="L")} == {"fp32", "bf16"}
+        assert meters.quick_dtype(torch.device("cuda")) == "bf16"
 
 
 def test_make_bench_names_every_script_or_says_why_not() -> None:

@@ -83,19 +83,22 @@ def kill_and_resume(name: str, inputs: tuple[Path, Path], folder: Path, rng: ran
     """Start a run, kill it ``kills`` times at random moments of its progress, resume each time; how many kills struck."""
     struck = 0
     words = command(name, *inputs, folder)
-    for attempt in range(kills + 1):
+    for _ in range(kills):
         process = Started(words, env=environment(folder))
-        if attempt < kills:
-            _wait_for_progress(process, folder, rng)
-            process.send_signal(signal.SIGKILL)
-            struck += process.wait() == -signal.SIGKILL
-        else:
-            assert process.wait(timeout=300) == 0
+        _wait_for_progress(process, folder, rng)
+        process.send_signal(signal.SIGKILL)
+        struck += process.wait() == -signal.SIGKILL
         if (folder / "config.yaml").exists():
             words = ["-m", "sparring", "resume", str(folder)]
         elif folder.exists():
             shutil.rmtree(folder)
+    by_itself(words, folder)
     return struck
+
+
+def by_itself(words: list[str], folder: Path) -> None:
+    """A process that draws anew what Python draws once a process, how strings are hashed."""
+    subprocess.run([sys.executable, *words], check=True, capture_output=True, env=environment(folder), timeout=300)
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -138,8 +141,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Pa
 
 
 def unbroken(name: str, inputs: tuple[Path, Path], folder: Path) -> dict[str, bytes]:
-    words = [sys.executable, *command(name, *inputs, folder)]  # by itself, with draws of its own for what Python draws
-    subprocess.run(words, check=True, capture_output=True, env=environment(folder))
+    by_itself(command(name, *inputs, folder), folder)
     return state(folder)
 
 

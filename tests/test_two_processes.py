@@ -9,6 +9,7 @@ import sys
 import time
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import started
@@ -29,6 +30,7 @@ from sparring.model.sharding import divide, empty, gathered, shard
 
 CPU, RANK_4 = torch.device("cpu"), AdapterConfig(use_peft=True, lora_r=4)
 TESTS = Path(__file__).parent
+QUIET = {**os.environ, "OMP_NUM_THREADS": "1"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 KEYS = {
     "max_length": 96,
@@ -52,7 +54,7 @@ def by_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes made of every case."""
 
     def make(out: Path) -> None:
-        done = started.run([str(TESTS / "two.py"), str(out)], processes=2)
+        done = torchrun([str(TESTS / "two.py"), str(out)])
         assert done.returncode == 0, done.stderr[-3000:]
 
     return made_once(tmp_path_factory, "by-two", make)
@@ -83,7 +85,7 @@ def words(model: Path, data: Path, out: Path) -> list[str]:
 
 
 def torchrun(words: list[str]) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([*TORCHRUN, *words], capture_output=True, text=True, timeout=300)
+    return subprocess.run([*TORCHRUN, *words], capture_output=True, text=True, env=QUIET, timeout=300)
 
 
 def figures(folder: Path) -> list[dict[str, float]]:
@@ -211,7 +213,7 @@ def test_a_killed_process_ends_the_job_with_a_clear_error_and_the_run_resumes_to
     whole_run: Path, inputs: tuple[Path, Path], tmp_path: Path
 ) -> None:
     folder = tmp_path / "killed"
-    job = subprocess.Popen([*TORCHRUN, *words(*inputs, folder)], stderr=subprocess.PIPE, text=True)
+    job = subprocess.Popen([*TORCHRUN, *words(*inputs, folder)], stderr=subprocess.PIPE, text=True, env=QUIET)
     until = time.monotonic() + 120
     while not found(folder / "checkpoints") and time.monotonic() < until and job.poll() is None:
         time.sleep(0.01)
@@ -230,17 +232,20 @@ def test_a_killed_process_ends_the_job_with_a_clear_error_and_the_run_resumes_to
 
 
 def test_a_run_of_two_goes_on_as_one_and_a_run_of_one_as_two(inputs: tuple[Path, Path], tmp_path: Path) -> None:
-    for first, second in ((2, 1), (1, 2)):
-        folder = tmp_path / f"from-{first}"
-        job = Started(words(*inputs, folder), first)
+    for processes in (2, 1):
+        folder = tmp_path / f"from-{processes}"
+        job: Any = Started(words(*inputs, folder))
+        if processes == 2:
+            job = subprocess.Popen([*TORCHRUN, *words(*inputs, folder)], stderr=subprocess.PIPE, text=True, env=QUIET)
         until = time.monotonic() + 120
         while not found(folder / "checkpoints") and time.monotonic() < until and job.poll() is None:
             time.sleep(0.01)
-        job.send_signal(signal.SIGINT if first == 1 else signal.SIGTERM)
+        job.send_signal(signal.SIGINT if processes == 1 else signal.SIGTERM)
         job.communicate(timeout=120)
         assert not (folder / "model").exists()
         before = figures(folder)
-        done = started.run(["-m", "sparring", "resume", str(folder)], second)
+        goes_on = torchrun if processes == 1 else started.run
+        done = goes_on(["-m", "sparring", "resume", str(folder)])
         assert done.returncode == 0, done.stderr[-3000:]
         after = figures(folder)
         shared = min(len(before), len(after))
@@ -274,7 +279,7 @@ def test_a_divided_base_changes_nothing_also_where_it_starts_from_an_adapter_and
     job.send_signal(signal.SIGTERM)
     assert "the base is divided over 2 processes" in job.communicate(timeout=120)[1]
     assert not (tmp_path / "divided" / "model").exists()
-    done = started.run(["-m", "sparring", "resume", str(tmp_path / "divided")], 2)
+    done = torchrun(["-m", "sparring", "resume", str(tmp_path / "divided")])
     assert done.returncode == 0, done.stdout + done.stderr
     files = (
         "model/adapter_model.safetensors",
@@ -391,10 +396,10 @@ def test_rounds_with_a_judge_are_played_by_two_processes_as_by_one(
     if judge == "policy":
         (template := tmp_path / "short.jinja").write_text("{{ question }} {{ a }} {{ b }}")
         extra |= {"judge_template": str(template)}
-    for processes, name in enumerate(("one", "two"), start=1):
+    for name, played in (("one", started.run), ("two", torchrun)):
         given = {**keys, **extra, "output_dir": tmp_path / name}
         command = ["-m", "sparring", "sppo", *(word for k, v in given.items() for word in (f"--{k}", str(v)))]
-        done = started.run(command, processes)
+        done = played(command)
         assert done.returncode == 0, done.stderr[-3000:]
     one, two = figures(tmp_path / "one"), figures(tmp_path / "two")
     begun = one.pop(0), two.pop(0)

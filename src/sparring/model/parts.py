@@ -107,10 +107,9 @@ class Parts:
         if row not in self._traced:
             self._traced[row] = passes(self._shape, row, again=row < self._most)
         found = self._traced[row]
-        peak = found.later if row < self._most else found.first
-        above = peak - gradients
+        above = found.last - gradients
         if self._shape.divided:  # each layer's leave as they are made
-            above = max(peak, found.back + layers.gradients, layers.around)
+            above = max(found.last, found.back + layers.gradients, layers.around)
         above = max(above, step_bytes(self._model, training, self._device) // self._shards)
         kept = max(0, min(found.kept, above))
         how = "recomputed layer by layer" if training.gradient_checkpointing else "kept for the backward pass"

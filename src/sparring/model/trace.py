@@ -40,10 +40,9 @@ class Passes:
     """Bytes above the weights at the peak of passes over one micro-batch, gradients of weights included."""
 
     kept: int  # what autograd has kept when the backbone's forward pass ends
-    first: int  # an update's first micro-batch, whose gradients come into being
-    later: int  # another one; the same where that is not gone through
+    last: int  # an update's first micro-batch, whose gradients come into being, or another after it
     glance: int  # without gradient, as the reference's
-    back: int  # in the backward pass alone, after the head's
+    back: int  # in the last one's backward pass alone, after the head's
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ class Live(TorchDispatchMode):
         return peak
 
 
-def passes(shape: Shape, budget: int, again: bool = True) -> Passes:
+def passes(shape: Shape, budget: int, *, again: bool) -> Passes:
     """What passes over a micro-batch of ``budget`` tokens take, and ``again`` over another one of the same update.
 
     NotImplementedError where the model's code needs numbers.
@@ -109,7 +108,7 @@ def passes(shape: Shape, budget: int, again: bool = True) -> Passes:
         with Live([*worker.parameters(), *worker.buffers()]) as live, attending(worker, how):
             with torch.no_grad():
                 _head(shape, worker.eval(), _forward(shape, worker, layout), learns=False)
-            glance, peaks, kept, back = live.since(), [], 0, 0
+            glance, last, kept, back = live.since(), 0, 0, 0
             worker.train()
             if shape.checkpointing:
                 checkpointing(worker)
@@ -121,11 +120,11 @@ def passes(shape: Shape, budget: int, again: bool = True) -> Passes:
                 torch.autograd.backward(states, slope)
                 del states, slope
                 back = live.since()
-                peaks.append(max(before, back))
+                last = max(before, back)
                 if shape.divided:
                     for weight in worker.parameters():
                         weight.grad = None
-    return Passes(kept, peaks[0], peaks[-1], glance, back)
+    return Passes(kept, last, glance, back)
 
 
 def writing(shape: Shape, rows: int) -> tuple[int, int]:
