@@ -374,7 +374,7 @@ def test_what_auto_came_to_is_written_down_and_a_resumed_run_computes_as_it_bega
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, traced: list[Any]
 ) -> None:
     monkeypatch.setattr(compiling, "MEASURED", {"cpu"})
-    step, slow = packed.step, [0.05]
+    step, slow = packed.step, [0.02]
     monkeypatch.setattr(packed, "step", lambda *given: time.sleep(slow[0]) or step(*given))
     keys: dict[str, Any] = {
         "model_name_or_path": toy_folder(tmp_path / "model"),

@@ -188,8 +188,15 @@ def test_ten_kills_of_each_method_leave_no_trace(
     assert struck >= 10
 
 
-def test_sigterm_finishes_the_update_saves_and_exits_0(inputs: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
-    expected = unbroken("dpo", inputs["dpo"], tmp_path / "whole")
+@pytest.fixture(scope="module")
+def whole_dpo(inputs: dict[str, tuple[Path, Path]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """A DPO run that nothing befell."""
+    return unbroken("dpo", inputs["dpo"], tmp_path_factory.mktemp("whole") / "dpo")
+
+
+def test_sigterm_finishes_the_update_saves_and_exits_0(
+    inputs: dict[str, tuple[Path, Path]], whole_dpo: dict[str, bytes], tmp_path: Path
+) -> None:
     process = Started(command("dpo", *inputs["dpo"], tmp_path / "run"))
     while not (tmp_path / "run" / "metrics.jsonl").exists() or len(_lines(tmp_path / "run")) < 3:
         time.sleep(0.01)
@@ -201,11 +208,11 @@ def test_sigterm_finishes_the_update_saves_and_exits_0(inputs: dict[str, tuple[P
     saved = checkpoint.found(tmp_path / "run" / "checkpoints")[-1]
     assert int(saved.name) == steps[-1] < 24
     assert resume(tmp_path / "run", quiet=True).state == "finished"
-    assert_same(state(tmp_path / "run"), expected)
+    assert_same(state(tmp_path / "run"), whole_dpo)
 
 
 def test_a_full_disk_while_a_checkpoint_is_written_is_said_and_earlier_ones_stay_whole(
-    inputs: dict[str, tuple[Path, Path]], tmp_path: Path
+    inputs: dict[str, tuple[Path, Path]], whole_dpo: dict[str, bytes], tmp_path: Path
 ) -> None:
     words = command("dpo", *inputs["dpo"], tmp_path / "run")
     # Files of this process may grow to 90 kB: records and metrics fit, the weights do not.
@@ -221,8 +228,7 @@ def test_a_full_disk_while_a_checkpoint_is_written_is_said_and_earlier_ones_stay
     assert checkpoint.found(tmp_path / "run" / "checkpoints") == []
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
     assert resume(tmp_path / "run", quiet=True).state == "finished"
-    expected = unbroken("dpo", inputs["dpo"], tmp_path / "whole")
-    assert_same(state(tmp_path / "run"), expected)
+    assert_same(state(tmp_path / "run"), whole_dpo)
 
 
 def test_what_another_process_is_still_writing_does_not_end_a_checkpoint(
