@@ -14,7 +14,7 @@ EXTRAS := dev,tensorboard,trackio
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test check soak bench constraints clean
+.PHONY: help demo test check types soak bench constraints clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -33,8 +33,10 @@ test: $(VENV)/.dev ## the tests
 check: $(VENV)/.dev ## what CI runs: lint, format, types, tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@$(MAKE) --no-print-directory -j 2 types test
+
+types: $(VENV)/.dev
 	$(BIN)/mypy
-	$(PYTEST)
 
 soak: $(VENV)/.dev ## the slow tests
 	$(BIN)/python -m pytest -m slow -n $(WORKERS)
