@@ -30,8 +30,8 @@ from sparring.model.sharding import divide, empty, gathered, shard
 
 CPU, RANK_4 = torch.device("cpu"), AdapterConfig(use_peft=True, lora_r=4)
 TESTS = Path(__file__).parent
-QUIET = {**os.environ, "OMP_NUM_THREADS": "1"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+QUIET = {**os.environ, "OMP_NUM_THREADS": "1"}
 KEYS = {
     "max_length": 96,
     "max_prompt_length": 48,
@@ -235,9 +235,12 @@ def test_a_killed_process_ends_the_job_with_a_clear_error_and_the_run_resumes_to
 def test_a_run_of_two_goes_on_as_one_and_a_run_of_one_as_two(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     for processes in (2, 1):
         folder = tmp_path / f"from-{processes}"
-        job: Any = Started(words(*inputs, folder))
-        if processes == 2:
-            job = subprocess.Popen([*TORCHRUN, *words(*inputs, folder)], stderr=subprocess.PIPE, text=True, env=QUIET)
+        command = words(*inputs, folder)
+        job: Any = (
+            Started(command)
+            if processes == 1
+            else subprocess.Popen([*TORCHRUN, *command], stderr=subprocess.PIPE, text=True, env=QUIET)
+        )
         until = time.monotonic() + 120
         while not found(folder / "checkpoints") and time.monotonic() < until and job.poll() is None:
             time.sleep(0.01)
