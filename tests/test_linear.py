@@ -1,16 +1,18 @@
 """Products by oneDNN are PyTorch's own, with PyTorch's gradients, and step aside where they do not apply."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from small import tiny_llama
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparring.data.packing import ROOT, Segment
 from sparring.model import linear
 from sparring.model.attention import Blocks
 from sparring.model.head import Head
-from sparring.model.linear import product, quicken
+from sparring.model.linear import cross, product, quicken
 from sparring.model.policy import prepared
 
 SHAPES = [(3, 5, 7), (1, 4, 1), (300, 33, 65)]  # rows, inputs, outputs
@@ -65,6 +67,43 @@ def test_where_the_operator_is_missing_pytorch_s_own_computes(monkeypatch: pytes
     expected = layer(hidden)
     monkeypatch.setattr(linear, "_there", lambda: False)
     torch.testing.assert_close(layer(hidden), expected)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_weight_s_gradient_on_processors_with_and_without_avx_512(
+    dtype: torch.dtype, wide: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(linear, "_wide_registers", lambda: wide)
+    slope, hidden = torch.randn(30, 7).to(dtype), torch.randn(30, 5).to(dtype)
+    exact = slope.double().t() @ hidden.double()
+    torch.testing.assert_close(
+        cross(slope, hidden).double(), exact, rtol=1e-2 if dtype.itemsize == 2 else 1e-5, atol=1e-5
+    )
+
+
+class Given(TorchDispatchMode):
+    """The weights that oneDNN's linear layer is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights: list[torch.Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "_linear_pointwise" in str(func):
+            self.weights.append(args[1])
+        return func(*args, **(kwargs or {}))
+
+
+def test_onednn_is_given_no_part_of_a_wider_matrix_which_it_would_read_element_by_element() -> None:
+    torch.manual_seed(0)
+    hidden, wider = torch.randn(6, 4), torch.randn(9, 10)
+    with Given() as given:
+        for weight in (wider[:, 3:7], wider.t()[2:6, 1:5].t(), wider[2:5, :4]):
+            torch.testing.assert_close(product(hidden, weight), hidden @ weight.t())
+    assert len(given.weights) == 3
+    assert all(w.is_contiguous() or w.t().is_contiguous() for w in given.weights)
 
 
 @pytest.fixture

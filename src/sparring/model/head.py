@@ -107,8 +107,11 @@ class Head:
         if self.weight.requires_grad:
             grad = self._gradient(self.weight)
             weighted = (hidden * slope).to(hidden.dtype)
-            for rows in _cut(0, len(weight), WIDE):  # a product of all of them would be as large as the weight
-                grad[rows].sub_(product(probs.T[rows], weighted.T))
+            if grad.dtype == probs.dtype:
+                grad.addmm_(probs.T, weighted, alpha=-1)
+            else:  # a product of all rows would be as large as the weight
+                for rows in _cut(0, len(weight), WIDE):
+                    grad[rows].sub_(product(probs.T[rows], weighted.T))
             grad.index_add_(0, targets, (hidden * at_target).to(grad.dtype))
         if self.bias is not None and self.bias.requires_grad:
             grad = self._gradient(self.bias)

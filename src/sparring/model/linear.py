@@ -28,6 +28,16 @@ def product(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     return nn.functional.linear(hidden, weight, bias)
 
 
+def cross(slope: Tensor, hidden: Tensor) -> Tensor:
+    """s^T h, the gradient of a weight; slope [N, O], hidden [N, I]; returns [O, I].
+
+    oneDNN copies a first operand that is read across. Without AVX-512 that costs more than it gains over PyTorch's BLAS.
+    """
+    if slope.dtype == hidden.dtype == torch.float32 and not _wide_registers():
+        return slope.t() @ hidden
+    return product(slope.t(), hidden.t())
+
+
 def _widened(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The product in float32, rounded once; a part of the weight's longer side at a time."""
     outputs, inputs = weight.shape
@@ -57,6 +67,10 @@ def _wide(operand: Tensor) -> Tensor:  # contiguous, or oneDNN copies it once mo
 
 
 def _onednn(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if not (weight.is_contiguous() or weight.t().is_contiguous()):
+        weight = (
+            weight.contiguous()
+        )  # a part of a wider matrix is read element by element otherwise, a thousand times slower
     found: Tensor = torch.ops.mkldnn._linear_pointwise(hidden, weight, bias, "none", [], "")
     return found
 
@@ -79,7 +93,7 @@ class Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             d_hidden = product(slope, weight.t()).view(*grads[0].shape[:-1], weight.shape[1])
         if ctx.needs_input_grad[1]:
-            d_weight = product(slope.t(), hidden.reshape(-1, hidden.shape[-1]).t())
+            d_weight = cross(slope, hidden.reshape(-1, hidden.shape[-1]))
         if ctx.needs_input_grad[2]:
             d_bias = slope.sum(0)
         return d_hidden, d_weight, d_bias
@@ -125,7 +139,17 @@ def _there() -> bool:
 
 
 def _slow(operand: Tensor) -> bool:
-    return operand.dtype == torch.bfloat16 and operand.device.type == "cpu" and not has_bfloat16()
+    return operand.dtype == torch.bfloat16 and slow_bfloat16(operand.device)
+
+
+def slow_bfloat16(device: torch.device) -> bool:
+    """Whether products in bfloat16 are PyTorch's own loops on ``device``: on processors without instructions for them."""
+    return device.type == "cpu" and not has_bfloat16()
+
+
+@functools.cache
+def _wide_registers() -> bool:
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 @functools.cache

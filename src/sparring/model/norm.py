@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-ROWS = 256  # of hidden states in one block, which stays in a core's cache
+BLOCK = 2**17  # elements of hidden states in one block, which stays in a core's cache
 
 
 class RMSNorm(torch.autograd.Function):
@@ -38,7 +38,7 @@ class RMSNorm(torch.autograd.Function):
         scale = weight.to(exact)
         d_weight = torch.zeros_like(scale)
         flat = (hidden.flatten(0, -2), inverse, grads[0].flatten(0, -2), d_hidden.view(-1, size))
-        for x, r, dy, into in zip(*(t.split(ROWS) for t in flat), strict=True):
+        for x, r, dy, into in zip(*(t.split(max(1, BLOCK // size)) for t in flat), strict=True):
             normed = x * r
             along = dy * normed
             if ctx.needs_input_grad[1]:

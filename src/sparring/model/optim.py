@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from sparring.config import TrainingConfig
+from sparring.model.linear import slow_bfloat16
+from sparring.model.muon import WideMuon
 from sparring.model.sharding import local
 
 
@@ -43,8 +45,8 @@ def make_optimizers(model: Any, config: TrainingConfig) -> list[torch.optim.Opti
     if groups:  # Muon has all of an adapter
         optimizers.append(torch.optim.AdamW(groups, lr=rate, betas=betas, eps=eps, fused=fused))
     if hidden:
-        muon = torch.optim.Muon(hidden, lr=rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
-        optimizers.append(muon)
+        kind = WideMuon if slow_bfloat16(hidden[0].device) else torch.optim.Muon
+        optimizers.append(kind(hidden, lr=rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"))
     return optimizers
 
 
@@ -66,8 +68,8 @@ def step_bytes(model: Any, config: TrainingConfig, device: torch.device) -> int:
     trained = _sizes(p for p in model.parameters() if p.requires_grad)
     if config.optim in ("rmsprop", "adamw_torch"):
         return 4 * sum(trained) if device.type == "cuda" else 8 * max(trained)
-    if config.optim == "muon":  # the update and its orthogonalisation, in bfloat16 but for the first
-        return 12 * max(_sizes(_hidden(model)), default=0)
+    if config.optim == "muon":  # the update in float32, and its orthogonalisation
+        return (16 if slow_bfloat16(device) else 12) * max(_sizes(_hidden(model)), default=0)
     return 0
 
 
