@@ -103,6 +103,12 @@ def test_a_recipe_is_overridden_by_flags_and_a_run_can_be_looked_at(tmp_path: Pa
     assert main(["inspect", str(run), "--round", "9"]) == 2
     assert "it has 0 to 2" in capsys.readouterr().err
     assert sparring.resume(run, quiet=True).state == "finished"
+    again = tmp_path / "again"
+    assert (
+        main(["sapo", "--config", str(run / "config.yaml"), "--output_dir", str(again)]) == 0
+    )  # a run's keys are a recipe
+    weights = ((folder / "model" / "model.safetensors").read_bytes() for folder in (run, again))
+    assert next(weights) == next(weights)
 
 
 def test_a_dead_run_is_called_interrupted_and_names_its_resume(tmp_path: Path, capsys: Any) -> None:

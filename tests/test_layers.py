@@ -1,10 +1,13 @@
 """Imports run one way: a module imports, also lazily, only from layers above its own or from its own sub-package."""
 
 import ast
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 LAYERS = """
     records seeds folders transfer
@@ -84,7 +87,23 @@ def test_no_file_is_over_300_lines_without_saying_why() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_the_command_line_starts_without_pytorch() -> None:
-    code = f"import sys, sparring.cli; print([name for name in {HEAVY} if name in sys.modules])"
+@pytest.mark.parametrize(
+    ("words", "heavy"),
+    [
+        ([], []),
+        (["status", "RUN"], []),
+        (["sapo", "--help"], ["torch"]),  # for the losses
+        (["plan", "--help"], []),
+    ],
+)
+def test_what_only_tells_starts_without_what_takes_seconds_to_import(
+    words: list[str], heavy: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "config.yaml").write_text("method: sapo\n")
+    (tmp_path / "status.json").write_text(json.dumps({"state": "finished", "step": 1, "total_steps": 1, "message": ""}))
+    given = [str(tmp_path) if word == "RUN" else word for word in words]
+    code = (
+        f"import sys, sparring.cli; c = sparring.cli.main({given}); print([n for n in {HEAVY} if n in sys.modules], c)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1:] == [f"{heavy} 0"], done.stdout + done.stderr

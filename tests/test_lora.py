@@ -22,7 +22,7 @@ from toyrun import toy_folder, write_pairs, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sparring
-from sparring import checkpoint
+from sparring import folders
 from sparring.config import AdapterConfig, ModelConfig, TrainingConfig
 from sparring.data.packing import Group
 from sparring.learner import Learner
@@ -348,7 +348,7 @@ def test_a_resumed_sapo_run_equals_the_unbroken_one_to_the_bit(
 ) -> None:
     keys = {"max_steps": 16, "save_steps": 4, "save_total_limit": 9, "monitor_steps": 6, "learning_rate": 1e-3}
     whole = sapo(inputs, tmp_path / "whole", start, **keys)
-    saved = checkpoint.found(whole.folder / "checkpoints")
+    saved = folders.checkpoints(whole.folder / "checkpoints")
     assert [path.name for path in saved] == ["000004", "000008", "000012"]
     size = sum(file.stat().st_size for file in (inputs["model"]).glob("*.safetensors"))
     adapter = (whole.model / "adapter_model.safetensors").stat().st_size
@@ -357,7 +357,7 @@ def test_a_resumed_sapo_run_equals_the_unbroken_one_to_the_bit(
     for at in ("000004", "000008"):
         broken = tmp_path / at
         shutil.copytree(whole.folder, broken)
-        for path in (broken / "model", broken / "model_ema", *checkpoint.found(broken / "checkpoints")):
+        for path in (broken / "model", broken / "model_ema", *folders.checkpoints(broken / "checkpoints")):
             if path.name.startswith("model") or path.name > at:
                 shutil.rmtree(path)
         for path in (broken / "rounds").iterdir():

@@ -14,9 +14,9 @@ import torch
 from toyrun import toy_folder, write_pairs
 from transformers import LlamaConfig
 
-from sparring.checkpoint import found
 from sparring.cli import main
 from sparring.config import Config, resolve
+from sparring.folders import checkpoints
 from sparring.methods import METHODS, method
 from sparring.model import memory, plan
 from sparring.model import parts as model_parts
@@ -303,7 +303,7 @@ def test_a_run_says_its_plan_and_is_resumed_with_its_budget_whatever_is_free_the
     whole = train(method("dpo"), **inputs, output_dir=tmp_path / "whole")
     assert "128 tokens a micro-batch" in "".join(capsys.readouterr())
     stopped = train(method("dpo"), **inputs, output_dir=tmp_path / "broken", quiet=True).folder
-    for folder in (*stopped.glob("model*"), found(stopped / "checkpoints")[-1]):
+    for folder in (*stopped.glob("model*"), checkpoints(stopped / "checkpoints")[-1]):
         subprocess.run(["rm", "-r", folder], check=True)
     monkeypatch.setattr(plan, "available", lambda device: 1)
     assert "max_tokens_per_micro_batch: 128\n" in (stopped / "config.yaml").read_text()

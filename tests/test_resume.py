@@ -15,7 +15,7 @@ from small import tiny_llama
 from started import Started
 from toyrun import toy_folder, write_pairs, write_rows
 
-from sparring import checkpoint
+from sparring import checkpoint, folders
 from sparring.buffer import Buffer
 from sparring.checkpoint import TrainState
 from sparring.methods.sapo import SAPO
@@ -71,7 +71,7 @@ def state(folder: Path) -> dict[str, bytes]:
     """What must be identical: the result, the last checkpoint (weights, EMA, reference, optimizer, counters), metrics, rounds."""
     files = [
         *folder.glob("model*/*.safetensors"),
-        *checkpoint.found(folder / "checkpoints")[-1].iterdir(),
+        *folders.checkpoints(folder / "checkpoints")[-1].iterdir(),
         *(file for file in folder.glob("rounds/**/*") if file.is_file()),
         *folder.glob("evaluation/*.parquet"),
         folder / "metrics.jsonl",
@@ -205,7 +205,7 @@ def test_sigterm_finishes_the_update_saves_and_exits_0(
     assert process.returncode == 0
     assert "sparring resume" in out
     steps = [line["step"] for line in _lines(tmp_path / "run") if "loss" in line]
-    saved = checkpoint.found(tmp_path / "run" / "checkpoints")[-1]
+    saved = folders.checkpoints(tmp_path / "run" / "checkpoints")[-1]
     assert int(saved.name) == steps[-1] < 24
     assert resume(tmp_path / "run", quiet=True).state == "finished"
     assert_same(state(tmp_path / "run"), whole_dpo)
@@ -225,7 +225,7 @@ def test_a_full_disk_while_a_checkpoint_is_written_is_said_and_earlier_ones_stay
     assert "could not be written" in done.stderr
     assert "is the disk full?" in done.stderr
     assert "sparring resume" in done.stderr
-    assert checkpoint.found(tmp_path / "run" / "checkpoints") == []
+    assert folders.checkpoints(tmp_path / "run" / "checkpoints") == []
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
     assert resume(tmp_path / "run", quiet=True).state == "finished"
     assert_same(state(tmp_path / "run"), whole_dpo)
@@ -245,7 +245,7 @@ def test_what_another_process_is_still_writing_does_not_end_a_checkpoint(
 
     monkeypatch.setattr(checkpoint, "_write_rest", among_others)
     saved = checkpoint.save(tmp_path, state, keep=1, frozen_reference=True)
-    assert checkpoint.found(tmp_path) == [saved]
+    assert folders.checkpoints(tmp_path) == [saved]
 
 
 def test_only_the_last_checkpoints_are_kept_and_no_pickle_is_among_them(
@@ -255,7 +255,7 @@ def test_only_the_last_checkpoints_are_kept_and_no_pickle_is_among_them(
     from sparring.methods.offline import DPO
 
     run = train(DPO, model_name_or_path=model, dataset_name=data, output_dir=tmp_path / "run", quiet=True, **COMMON)
-    names = [path.name for path in checkpoint.found(run.folder / "checkpoints")]
+    names = [path.name for path in folders.checkpoints(run.folder / "checkpoints")]
     assert names == ["000016", "000020"]
     kinds = {file.suffix for file in (run.folder / "checkpoints").rglob("*") if file.is_file()}
     assert kinds == {".safetensors", ".parquet", ".json"}
@@ -283,7 +283,7 @@ def test_a_checkpoint_that_lacks_a_file_is_refused(tmp_path: Path) -> None:
         **keys,
     )
     shutil.rmtree(tmp_path / "run" / "model")
-    last = checkpoint.found(tmp_path / "run" / "checkpoints")[-1]
+    last = folders.checkpoints(tmp_path / "run" / "checkpoints")[-1]
     (last / "ema.0-of-1.safetensors").rename(last / "ema.0-of-2.safetensors")
     with pytest.raises(ValueError, match="has 1 files of ema, and not all there have to be"):
         resume(tmp_path / "run", quiet=True)

@@ -21,8 +21,8 @@ from started import Started
 from toyrun import toy_folder, write_rows
 from two import CASES, DEVICE, METHODS, play
 
-from sparring.checkpoint import found
 from sparring.config import AdapterConfig, ModelConfig
+from sparring.folders import checkpoints
 from sparring.model import policy
 from sparring.model.adapters import with_adapter
 from sparring.model.parallel import ALONE, World, joined, launched
@@ -125,7 +125,7 @@ def test_a_run_of_two_processes_is_a_run(whole_run: Path, inputs: tuple[Path, Pa
     assert names == {path.name for path in (tmp_path / "one" / "model").iterdir()}
     a, b = (load_file(folder / "model" / "model.safetensors") for folder in (whole_run, tmp_path / "one"))
     assert {k: (v.shape, v.dtype) for k, v in a.items()} == {k: (v.shape, v.dtype) for k, v in b.items()}
-    last = found(whole_run / "checkpoints")[-1]
+    last = checkpoints(whole_run / "checkpoints")[-1]
     assert len(list(last.glob("policy.*-of-2.safetensors"))) == 2
 
 
@@ -216,7 +216,7 @@ def test_a_killed_process_ends_the_job_with_a_clear_error_and_the_run_resumes_to
     folder = tmp_path / "killed"
     job = subprocess.Popen([*TORCHRUN, *words(*inputs, folder)], stderr=subprocess.PIPE, text=True, env=QUIET)
     until = time.monotonic() + 120
-    while not found(folder / "checkpoints") and time.monotonic() < until and job.poll() is None:
+    while not checkpoints(folder / "checkpoints") and time.monotonic() < until and job.poll() is None:
         time.sleep(0.01)
     victim = _worker(job.pid, rank=1)
     os.kill(victim, signal.SIGKILL)
@@ -242,7 +242,7 @@ def test_a_run_of_two_goes_on_as_one_and_a_run_of_one_as_two(inputs: tuple[Path,
             else subprocess.Popen([*TORCHRUN, *command], stderr=subprocess.PIPE, text=True, env=QUIET)
         )
         until = time.monotonic() + 120
-        while not found(folder / "checkpoints") and time.monotonic() < until and job.poll() is None:
+        while not checkpoints(folder / "checkpoints") and time.monotonic() < until and job.poll() is None:
             time.sleep(0.01)
         job.send_signal(signal.SIGINT if processes == 1 else signal.SIGTERM)
         job.communicate(timeout=120)
@@ -278,7 +278,7 @@ def test_a_divided_base_changes_nothing_also_where_it_starts_from_an_adapter_and
     assert "the base is divided" not in done.stderr
     job = Started(launches["divided"], 2)
     until = time.monotonic() + 120
-    while not found(tmp_path / "divided" / "checkpoints") and time.monotonic() < until and job.poll() is None:
+    while not checkpoints(tmp_path / "divided" / "checkpoints") and time.monotonic() < until and job.poll() is None:
         time.sleep(0.01)
     job.send_signal(signal.SIGTERM)
     assert "the base is divided over 2 processes" in job.communicate(timeout=120)[1]

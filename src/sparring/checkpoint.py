@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sparring.buffer import Buffer
 from sparring.data import parquet
+from sparring.folders import checkpoints
 from sparring.model.attention import Kind
 from sparring.model.optim import load_state_tensors, state_tensors
 from sparring.model.parallel import World
@@ -90,7 +91,7 @@ def save(folder: Path, state: TrainState, *, keep: int, frozen_reference: bool) 
         shutil.rmtree(part, ignore_errors=True)
         raise OSError(f"checkpoint {final} could not be written ({problem}); earlier ones are whole") from problem
     if world.main:
-        for old in found(folder)[:-keep]:
+        for old in checkpoints(folder)[:-keep]:
             shutil.rmtree(old.rename(folder / f".{old.name}.gone"))  # half of one must not look whole
     world.wait()
     return final
@@ -111,18 +112,6 @@ def load(path: Path, state: TrainState) -> None:
     state.buffer.load(path / "buffer.parquet")
     state.ahead = list(parquet.read(path / "ahead.parquet", Pair))
     state.counters = Counters(**json.loads((path / "state.json").read_text()))
-
-
-def found(folder: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first; one that a kill struck while it was replaced is there as it was before."""
-    paths = (*folder.glob(".[0-9]*.before"), *folder.glob("[0-9]*"))
-    whole = {step_of(path): path for path in paths if (path / "state.json").is_file()}
-    return [whole[step] for step in sorted(whole)]
-
-
-def step_of(path: Path) -> int:
-    """How many updates are behind a checkpoint."""
-    return int(path.name.removeprefix(".").removesuffix(".before"))
 
 
 def _write_rest(part: Path, state: TrainState) -> None:

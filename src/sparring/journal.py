@@ -15,11 +15,10 @@ from typing import Any, Protocol
 import yaml
 
 from sparring.data import parquet
+from sparring.recipes import ABOUT
 from sparring.records import Group, Pair, Response
 
 VERSIONS = ("sparring", "torch", "transformers", "peft", "tokenizers", "safetensors", "datasets", "numpy")
-FINGERPRINTS = ("start_fingerprint", "data_fingerprint", "evaluation_fingerprint", "judge_fingerprint")
-ABOUT = ("versions", "changes", *FINGERPRINTS)  # lines of config.yaml that are no keys
 
 
 class Journal:

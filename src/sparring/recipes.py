@@ -1,4 +1,4 @@
-"""Recipes: YAML files of flat keys, one for each published setting and for the demo."""
+"""Recipes: YAML files of flat keys, one for each published setting and for the demo; a run's config.yaml is one too."""
 
 from __future__ import annotations
 
@@ -11,11 +11,20 @@ from sparring.keys import nearest
 
 HERE = Path(__file__).parent
 FOLDERS = (HERE / "recipes", HERE.parents[1] / "recipes")  # in a wheel, in a checkout
+ABOUT = (  # lines of a run's config.yaml that are no keys
+    "versions",
+    "changes",
+    "start_fingerprint",
+    "data_fingerprint",
+    "evaluation_fingerprint",
+    "judge_fingerprint",
+)
 
 
 def read_recipe(name: str | Path) -> dict[str, Any]:
     """The keys of a recipe, its ``method`` line included: a YAML file, or the name of one that comes with Sparring.
 
+    What a run's ``config.yaml`` says besides its keys, of what it found, is left out.
     Raises ValueError where there is none of that name, or where it is no list of ``key: value`` lines.
     """
     shipped = [folder / f"{Path(name).stem}.yaml" for folder in FOLDERS]
@@ -29,4 +38,4 @@ def read_recipe(name: str | Path) -> dict[str, Any]:
         raise ValueError(f"{file} is not YAML: {problem}") from problem
     if not isinstance(keys, dict):
         raise ValueError(f"{file} holds no keys: a recipe is a list of `key: value` lines")
-    return keys
+    return {key: value for key, value in keys.items() if key not in ABOUT}

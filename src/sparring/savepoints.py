@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from sparring import checkpoint
+from sparring import checkpoint, folders
 from sparring.checkpoint import TrainState
 from sparring.config import Config
 from sparring.journal import Journal
@@ -46,7 +46,7 @@ class Savepoints:
 
     def restore(self) -> None:
         """Become the last checkpoint, or the start where there is none, and take back what was written after it."""
-        found = checkpoint.found(self._journal.checkpoints)
+        found = folders.checkpoints(self._journal.checkpoints)
         last = self._world.told(found[-1].name if found else "")
         if last:
             checkpoint.load(self._journal.checkpoints / last, self._state)
@@ -57,9 +57,9 @@ class Savepoints:
 
     def can_go_back(self) -> bool:
         """Whether a rollback is wanted, is left, and has an earlier update to go back to."""
-        now, found = self._state.counters, checkpoint.found(self._journal.checkpoints)
+        now, found = self._state.counters, folders.checkpoints(self._journal.checkpoints)
         wanted = self._config.monitor.on_alarm == "rollback" and now.rollbacks < ROLLBACKS
-        return wanted and self._world.any(bool(found) and checkpoint.step_of(found[-1]) < now.step)
+        return wanted and self._world.any(bool(found) and folders.step_of(found[-1]) < now.step)
 
     def roll_back(self, news: Sequence[str]) -> int:
         """Back to the last checkpoint, at half the learning rate; how many updates that took back."""

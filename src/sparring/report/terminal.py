@@ -17,13 +17,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from sparring.checkpoint import found
 from sparring.config import PARTS, ModelConfig, keys_of
 from sparring.data import parquet
+from sparring.folders import checkpoints
 from sparring.journal import Journal, read_lines
 from sparring.keys import BOUNDS, shown
 from sparring.methods import METHODS
-from sparring.model.policy import load_tokenizer
 from sparring.records import Pair, Response, Span
 
 HUMAN, REGENERATED, COMMON, FAINT = "bold green", "bold red", "default", "dim"
@@ -46,6 +45,8 @@ FIGURES = (
 
 def inspect_view(folder: Path, *, round: int | None = None, count: int = 5) -> RenderableType:
     """The pairs of a run's round, decoded with the run's own tokenizer; ValueError where there is no such run or round."""
+    from sparring.model.policy import load_tokenizer  # help and status do without what this takes to import
+
     journal = Journal(folder)
     keys, _ = journal.configuration()
     where = folder / "model" if (folder / "model" / "tokenizer.json").exists() else keys["model_name_or_path"]
@@ -110,7 +111,7 @@ def status_view(folder: Path) -> RenderableType:
         _pace(folder, step, total),
     )
     table.add_row(Text("progress", FAINT), bar)
-    saved = ", ".join(path.name for path in found(journal.checkpoints)) or "none yet"
+    saved = ", ".join(path.name for path in checkpoints(journal.checkpoints)) or "none yet"
     table.add_row(Text("checkpoints", FAINT), saved)
     alarms = [f"update {line['step']}: {text}" for line in lines for text in line.get("alarms", [])]
     if alarms:
