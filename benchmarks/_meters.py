@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import gc
 import re
@@ -67,6 +68,11 @@ def _status(name: str) -> int:
 def quick_dtype(device: torch.device) -> str:
     """The precision of a short form: bf16, or fp32 on a processor without its instructions, where peers take minutes a step."""
     return "bf16" if device.type == "cuda" or has_bfloat16() else "fp32"
+
+
+def asked_dtypes(given: argparse.Namespace, usual: str, device: torch.device) -> list[str]:
+    """The precisions that ``--dtypes`` names; where it names none ``usual``'s, or a short form's."""
+    return (given.dtypes or (quick_dtype(device) if given.quick else usual)).split(",")
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 0) -> float:

@@ -12,7 +12,7 @@ import contextlib
 from typing import Any
 
 import torch
-from _meters import QUICK_DTYPE, Clock, quick_dtype
+from _meters import QUICK_DTYPE, Clock, asked_dtypes
 from _report import Report, parser, ratios, spread
 from _side_by_side import BATCH, DTYPES, SHAPES, Shape, llama, make_pairs, our_learner, our_writer
 from generation import CASES, Case, requests_of, timed
@@ -113,7 +113,7 @@ def main() -> None:
     new = given.new or (16 if given.quick else 96)
     report = Report("compiled", "Compiling", given)
     for name in names.split(","):
-        for dtype in (given.dtypes or (quick_dtype(device) if given.quick else "bf16")).split(","):
+        for dtype in asked_dtypes(given, "bf16", device):
             steps(name, shapes[name], dtype, count, device, report)
             for case in CASES[:1] if given.quick else (CASES[0], CASES[3], CASES[4]):
                 writing(name, shapes[name], dtype, case, new, turns, device, report)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from _meters import QUICK_DTYPE, Clock, quick_dtype
+from _meters import QUICK_DTYPE, Clock, asked_dtypes
 from _report import Report, parser, ratios, spread
 from _side_by_side import DTYPES, END, FIRST, PAD, SHAPES, Shape, llama, our_writer
 
@@ -156,7 +156,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     report = Report("generation", "Generation against transformers' generate", given)
     for shape in given.shapes.split(","):
-        for dtype in (given.dtypes or (quick_dtype(device) if given.quick else "fp32,bf16")).split(","):
+        for dtype in asked_dtypes(given, "fp32,bf16", device):
             for case in QUICK if given.quick else CASES:
                 figures = compared(SHAPES[shape], dtype, case, new, turns, device)
                 report.figures.append(figures)

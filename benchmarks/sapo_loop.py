@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from _meters import QUICK_DTYPE, Clock, quick_dtype
+from _meters import QUICK_DTYPE, Clock, asked_dtypes
 from _report import Report, parser, ratios, spread
 from _side_by_side import BATCH, DTYPES, END, PAD, RATE, SHAPES, Shape, llama, make_pairs, our_writer, pair_of
 from generation import by_generate
@@ -241,7 +241,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     report = Report("sapo_loop", "A SAPO update against the released code's organisation", given)
     for shape in (given.shapes or ("S" if given.quick else "S,M")).split(","):
-        for dtype in (given.dtypes or (quick_dtype(device) if given.quick else "fp32,bf16")).split(","):
+        for dtype in asked_dtypes(given, "fp32,bf16", device):
             for loss in (given.losses or ("dpo" if given.quick else "dpo,orpo")).split(","):
                 found = compared(SAPO(loss_type=loss), SHAPES[shape], dtype, updates, device)
                 report.figures.append(found)

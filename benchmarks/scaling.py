@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _meters import QUICK_DTYPE, Clock, Peak, exact_memory, quick_dtype
+from _meters import QUICK_DTYPE, Clock, Peak, asked_dtypes, exact_memory
 from _report import Report, parser, spread
 from _side_by_side import DTYPES, SHAPES, Shape, llama, make_pairs, needed_flops, our_learner
 
@@ -149,7 +149,7 @@ def main() -> None:
     turns = given.turns or (2 if given.quick else 5)
     base, fixed = (SHAPES["toy"], 16) if given.toy else (SHAPES["S"], 128)
     axes = given.axes.split(",")
-    for dtype in (given.dtypes or (quick_dtype(device) if given.quick else "bf16")).split(","):
+    for dtype in asked_dtypes(given, "bf16", device):
         for axis in axes:
             if axis == "processes":
                 continue
