@@ -23,8 +23,8 @@ from sparring.config import ModelConfig
 from sparring.data.packing import Segment
 from sparring.methods.base import Sampling
 from sparring.model import flash
-from sparring.model.attention import tiles
 from sparring.model.flash import Laid, check_flash, sequences
+from sparring.model.flex import tiles
 from sparring.model.logps import Scorer, checked
 from sparring.run import train
 

@@ -223,6 +223,30 @@ def test_the_fast_kernel_and_the_blocks_agree() -> None:
     torch.testing.assert_close(fast[0], slow)
 
 
+@pytest.mark.parametrize("longest", [attention.LONGEST, 8])
+def test_branches_share_one_mask_which_is_kept_once(longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "LONGEST", longest)
+    model, packed = prepared(tiny_llama()), pack(GROUPS, CPU)
+    words = attention.inputs(model, packed, "segments")
+    kept: list[Tensor] = []
+    found = []
+    for seen in (None, words["seen"]):
+        torch.manual_seed(0)
+        q, k, v = (torch.randn(1, 2, packed.input_ids.shape[1], 16, requires_grad=True) for _ in range(3))
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+            out, _ = segment_attention(None, q, k, v, None, segments=packed.segments, seen=seen)
+        out.square().sum().backward()
+        found.append([out, q.grad, k.grad, v.grad])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+    masks = [t for t in kept if t.isinf().any()]
+    branches = sum(s.parent >= 0 and s.stop - s.start > 1 for s in packed.segments)  # one token sees everything
+    assert len(masks) == 2 * branches > 4
+    own = {t.untyped_storage().data_ptr() for t in masks[branches:]}
+    assert len(own) == (1 if longest > 8 else branches)
+    assert attention.inputs(model.bfloat16(), packed, "segments")["seen"] is None  # whose scores take no mask
+
+
 @pytest.mark.parametrize("cap", [None, 2.0])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("kept", [2**27, 64 * 4 * 3])  # everything at once; three tokens at a time, groups twice

@@ -7,7 +7,6 @@ How it is computed depends on the machine: ``segments`` here, block by block (CP
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, cast
 
@@ -17,18 +16,17 @@ from transformers import AttentionInterface
 
 from sparring.data.packing import ROOT, Packed, Segment
 from sparring.model.compiling import allow
-from sparring.model.flash import NAMES, depth_of, sequences
+from sparring.model.flash import NAMES, sequences
+from sparring.model.flex import block_masks, tiles
 from sparring.model.linear import quick
 from sparring.model.scores import refuse_others
-from sparring.transfer import moved
 
 Kind = Literal["segments", "flex", "flash_attention_2", "flash_attention_3", "dense"]
 NAME = "sparring_segments"
 FUNCTIONS = {"segments": NAME, "flex": "flex_attention", **NAMES}  # by which models attend, as transformers knows them
 SHAPES = 64  # programs of FlexAttention, before it would fall back to dense scores
-SMALL = 114_688  # bytes of shared memory that PyTorch's own tiles for its backward pass take, of heads deeper than 128
-TILES = dict.fromkeys(("bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2"), 32)
 LAYERS = {"full_attention", "sliding_attention"}  # the types of layers that can be packed
+LONGEST = 4096  # tokens of a mask that all branches share
 ROWS = 256  # queries in one block: keys after a block's end are never touched
 
 
@@ -78,22 +76,14 @@ def inputs(model: Any, packed: Packed, kind: Kind) -> dict[str, Any]:
     """The keywords of a forward pass of the model's backbone over ``packed``."""
     words, device = unmasked(model, packed), packed.input_ids.device
     if kind == "flex":
-        return words | {"attention_mask": _flex_masks(model, packed)} | tiles(model.config.get_text_config(), device)
+        return words | {"attention_mask": block_masks(model, packed)} | tiles(model.config.get_text_config(), device)
     # A mask of four dimensions is taken as it is, so none is made; ours is in the segments.
     words["attention_mask"] = packed.input_ids.new_ones(1, 1, 1, 1)
     if kind in NAMES:
         return words | {"sequences": sequences(packed.segments, device)}
     if kind == "segments":
-        return words | {"segments": packed.segments}
+        return words | {"segments": packed.segments, "seen": _seen(model, packed)}
     raise NotImplementedError(f"a packed row is not laid out as {kind}")
-
-
-def tiles(config: Any, device: torch.device) -> dict[str, Any]:
-    """Smaller tiles for FlexAttention's backward pass, where PyTorch's own do not fit: deep heads on small cards."""
-    if device.type != "cuda" or depth_of(config) <= 128:
-        return {}
-    room = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", SMALL)
-    return {"kernel_options": TILES} if room < SMALL else {}
 
 
 def segment_attention(
@@ -104,6 +94,7 @@ def segment_attention(
     attention_mask: Tensor | None,
     *,
     segments: Sequence[Segment],
+    seen: Tensor | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -112,17 +103,17 @@ def segment_attention(
 ) -> tuple[Tensor, None]:
     """softmax(scaling q k^T) v within segments; query [1, H, T, D], key and value [1, G, T, D]; returns [1, T, H, D].
 
+    ``seen`` is a mask [N, N] of N tokens one after the other, of which every branch's is a part.
+
     Plain float32 goes through PyTorch's kernel, bfloat16, windows and soft-capped scores through :class:`Blocks`, which on a CPU is
     faster in bfloat16, or keeps less. NotImplementedError for attention sinks and position biases.
     """
     refuse_others(others, dropout)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    own = [segment.stop - segment.start for segment in segments]
-    longest = max(length + (own[s.parent] if s.parent != ROOT else 0) for length, s in zip(own, segments, strict=True))
-    if sliding_window is not None and sliding_window >= longest:
+    if sliding_window is not None and sliding_window >= _longest(segments):
         sliding_window = None
     if query.dtype == torch.float32 and sliding_window is None and softcap is None:
-        return _by_kernel(query, key, value, segments, scaling), None
+        return _by_kernel(query, key, value, segments, seen, scaling), None
     return Blocks.apply(query[0], key[0], value[0], segments, scaling, sliding_window, softcap)[None], None  # type: ignore[no-untyped-call]
 
 
@@ -238,7 +229,24 @@ def _probs(
     return scores.softmax(-1), slope
 
 
-def _by_kernel(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scaling: float) -> Tensor:
+def _longest(segments: Sequence[Segment]) -> int:
+    """The most tokens that a segment's last one sees."""
+    own = [segment.stop - segment.start for segment in segments]
+    return max(length + (own[s.parent] if s.parent != ROOT else 0) for length, s in zip(own, segments, strict=True))
+
+
+def _seen(model: Any, packed: Packed) -> Tensor | None:
+    """One mask for all branches and layers: PyTorch's kernel keeps each that it is given for its backward pass."""
+    branches = any(segment.parent != ROOT for segment in packed.segments)
+    longest = _longest(packed.segments)
+    if model.dtype != torch.float32 or not branches or longest > LONGEST:
+        return None
+    return torch.full((longest, longest), -torch.inf, device=packed.input_ids.device).triu_(1)
+
+
+def _by_kernel(
+    query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], seen: Tensor | None, scaling: float
+) -> Tensor:
     """PyTorch's scaled dot-product attention, segment by segment. Split, not sliced: a slice's backward fills the whole with 0."""
     lengths = [segment.stop - segment.start for segment in segments]
     repeats = query.shape[1] // key.shape[1]
@@ -253,47 +261,11 @@ def _by_kernel(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Seg
         else:
             k = torch.cat([keys[segment.parent], keys[place]], 2)
             v = torch.cat([values[segment.parent], values[place]], 2)
-            seen = torch.ones(lengths[place], k.shape[2], dtype=torch.bool, device=k.device)
-            words = {"attn_mask": seen.tril(k.shape[2] - lengths[place])}
+            before, stop = k.shape[2] - lengths[place], k.shape[2]
+            if seen is None:
+                mask = torch.ones(lengths[place], stop, dtype=torch.bool, device=k.device).tril(before)
+            else:
+                mask = seen[before:stop, :stop]
+            words = {"attn_mask": mask}
         out.append(torch.nn.functional.scaled_dot_product_attention(queries[place], k, v, scale=scaling, **words))
     return torch.cat(out, 2).transpose(1, 2)
-
-
-@functools.cache
-def _block_mask() -> Any:
-    """What makes a block mask, compiled: the mask of every token against every other is then never in memory."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    return torch.compile(create_block_mask)
-
-
-def _flex_masks(model: Any, packed: Packed) -> Any:
-    """A block mask, or one for each type of layer where the model has windows in some of them."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    device, length = packed.input_ids.device, packed.input_ids.shape[1]
-    owners = torch.empty(2, length, dtype=torch.int32)
-    for place, segment in enumerate(packed.segments):
-        owners[0, segment.start : segment.stop] = place
-        owners[1, segment.start : segment.stop] = segment.parent
-    own, before = moved(device, owners)[0]
-    at = packed.position_ids[0]
-    make = _block_mask() if device.type == "cuda" else create_block_mask
-
-    def mask(window: int | None) -> Any:
-        def sees(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            inside: Tensor = ((own[q] == own[k]) & (k <= q)) | (before[q] == own[k])
-            return inside if window is None else inside & (at[q] - at[k] < window)
-
-        with torch.no_grad():  # so that passes with and without gradient share one program
-            found: Any = make(sees, None, None, length, length, device=device)
-        found.ndim = 4  # GPT-2 asks, and takes what has four dimensions as it is
-        return found
-
-    config = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    types = set(getattr(config, "layer_types", None) or ())
-    if "sliding_attention" in types and len(types) > 1:
-        return {kind: mask(window if kind == "sliding_attention" else None) for kind in types}
-    windowed = window is not None and (not types or types == {"sliding_attention"})
-    return mask(window if windowed else None)
