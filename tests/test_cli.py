@@ -11,6 +11,7 @@ import sparring
 from sparring.cli import flags, main
 from sparring.config import keys_of
 from sparring.methods import METHODS, method
+from sparring.recipes import ABOUT
 
 
 def test_help_of_every_method_gives_each_key_with_its_default(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,12 +104,15 @@ def test_a_recipe_is_overridden_by_flags_and_a_run_can_be_looked_at(tmp_path: Pa
     assert main(["inspect", str(run), "--round", "9"]) == 2
     assert "it has 0 to 2" in capsys.readouterr().err
     assert sparring.resume(run, quiet=True).state == "finished"
+    # A run's keys are a recipe, without what else the run wrote down.
     again = tmp_path / "again"
-    assert (
-        main(["sapo", "--config", str(run / "config.yaml"), "--output_dir", str(again)]) == 0
-    )  # a run's keys are a recipe
-    weights = ((folder / "model" / "model.safetensors").read_bytes() for folder in (run, again))
-    assert next(weights) == next(weights)
+    assert main(["sapo", "--config", str(run / "config.yaml"), "--output_dir", str(again)]) == 0
+    assert (again / "model" / "model.safetensors").read_bytes() == (run / "model" / "model.safetensors").read_bytes()
+    about = set(keys) - set(keys_of(sparring.SAPO)) - {"method"}
+    assert {"versions", "start_fingerprint", "data_fingerprint"} <= about <= set(ABOUT)
+    recipe.write_text("method: sapo\nchanges: 3\n")
+    assert main(["sapo", "--config", str(recipe)]) == 2
+    assert "unknown key 'changes'" in capsys.readouterr().err
 
 
 def test_a_dead_run_is_called_interrupted_and_names_its_resume(tmp_path: Path, capsys: Any) -> None:

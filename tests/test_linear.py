@@ -9,10 +9,10 @@ from small import tiny_llama
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparring.data.packing import ROOT, Segment
-from sparring.model import linear
+from sparring.model import gated, head, linear
 from sparring.model.attention import Blocks
 from sparring.model.head import Head
-from sparring.model.linear import cross, product, quicken
+from sparring.model.linear import Linear, product, quicken
 from sparring.model.policy import prepared
 
 SHAPES = [(3, 5, 7), (1, 4, 1), (300, 33, 65)]  # rows, inputs, outputs
@@ -69,20 +69,6 @@ def test_where_the_operator_is_missing_pytorch_s_own_computes(monkeypatch: pytes
     torch.testing.assert_close(layer(hidden), expected)
 
 
-@pytest.mark.parametrize("wide", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_a_weight_s_gradient_on_processors_with_and_without_avx_512(
-    dtype: torch.dtype, wide: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    torch.manual_seed(0)
-    monkeypatch.setattr(linear, "_wide_registers", lambda: wide)
-    slope, hidden = torch.randn(30, 7).to(dtype), torch.randn(30, 5).to(dtype)
-    exact = slope.double().t() @ hidden.double()
-    torch.testing.assert_close(
-        cross(slope, hidden).double(), exact, rtol=1e-2 if dtype.itemsize == 2 else 1e-5, atol=1e-5
-    )
-
-
 class Given(TorchDispatchMode):
     """The weights that oneDNN's linear layer is given."""
 
@@ -96,14 +82,53 @@ class Given(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_onednn_is_given_no_part_of_a_wider_matrix_which_it_would_read_element_by_element() -> None:
+with_onednn = pytest.mark.skipif(not linear._there(), reason="PyTorch without oneDNN")
+
+
+@with_onednn
+@pytest.mark.parametrize(("avx2", "inputs", "by_onednn"), [(False, 40, True), (True, 40, False), (True, 8, True)])
+@pytest.mark.parametrize("layer", ["linear", "gated"])
+def test_a_weight_s_gradient_is_by_blas_where_that_is_faster(
+    layer: str, avx2: bool, inputs: int, by_onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "AVX2", avx2)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(30, inputs), torch.randn(24, inputs, requires_grad=True)
+    slope, gate = torch.randn(30, 24), torch.ones(30, inputs)
+    with Given() as given:
+        if layer == "linear":
+            out, operand = Linear.apply(hidden, weight, None), hidden  # type: ignore[no-untyped-call]
+        else:
+            out = gated.Down.apply(gate, hidden, weight, None, "silu", gated.PLAIN)  # type: ignore[no-untyped-call]
+            operand = torch.nn.functional.silu(gate) * hidden
+        out.backward(slope)
+    torch.testing.assert_close(weight.grad, slope.t() @ operand, rtol=1e-4, atol=1e-4)
+    assert (torch.Size([inputs, 30]) in [w.shape for w in given.weights]) == by_onednn
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_weight_s_gradient_in_other_precisions(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    slope, hidden = torch.randn(30, 24).to(dtype), torch.randn(30, 20).to(dtype)
+    exact = slope.double().t() @ hidden.double()
+    found = linear.weight_gradient(slope, hidden)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), exact, rtol=1e-2 if dtype.itemsize == 2 else 1e-12, atol=1e-2)
+
+
+@with_onednn
+def test_onednn_is_given_no_part_of_a_wider_matrix_and_whole_ones_as_they_lie() -> None:
     torch.manual_seed(0)
     hidden, wider = torch.randn(6, 4), torch.randn(9, 10)
-    with Given() as given:
-        for weight in (wider[:, 3:7], wider.t()[2:6, 1:5].t(), wider[2:5, :4]):
+    for weight in (wider[:, 3:7], wider.t()[2:6, 1:5], wider[2:5, :4]):
+        with Given() as given:
             torch.testing.assert_close(product(hidden, weight), hidden @ weight.t())
-    assert len(given.weights) == 3
-    assert all(w.is_contiguous() or w.t().is_contiguous() for w in given.weights)
+        assert given.weights[0].is_contiguous()
+    whole = torch.randn(5, 4)
+    for weight in (whole, torch.randn(4, 5).t()):
+        with Given() as given:
+            product(hidden, weight)
+        assert given.weights[0].data_ptr() == weight.data_ptr()
 
 
 @pytest.fixture
@@ -152,7 +177,10 @@ def test_few_rows_and_a_weight_as_it_lies_are_left_to_pytorch(
     assert len(widened) == parts + 1
 
 
-def test_the_head_s_gradients_are_float32_s_where_bfloat16_is_slow(widened: list[torch.Tensor]) -> None:
+def test_the_head_s_gradients_are_float32_s_where_bfloat16_is_slow(
+    widened: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head, "WIDE", 400)
     torch.manual_seed(0)
     model = tiny_llama(vocab_size=1500, tie_word_embeddings=False).bfloat16()
     hidden, targets = torch.randn(20, 32).bfloat16(), torch.randint(0, 1500, (20,))

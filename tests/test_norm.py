@@ -10,7 +10,9 @@ from sparring.model.norm import BLOCK, RMSNorm, _forward, quicken, rms_norm
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 7), (1, BLOCK // 2**12, 2**12), (3, BLOCK // 2**12 + 5, 2**12 - 1)])
+@pytest.mark.parametrize(
+    "shape", [(1, 7), (1, BLOCK // 2**12, 2**12), (3, BLOCK // 2**12 + 5, 2**12 - 1), (2, BLOCK + 1)]
+)
 @pytest.mark.parametrize("strided", [False, True])
 def test_a_norm_has_the_output_and_the_gradients_of_its_formula(
     dtype: torch.dtype, shape: tuple[int, ...], strided: bool

@@ -1,4 +1,4 @@
-"""Where Sparring keeps what later runs can use again, and what a run's folder of checkpoints holds."""
+"""What lies where on the disk: what later runs can use again, and a run's checkpoints."""
 
 from __future__ import annotations
 

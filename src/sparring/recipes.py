@@ -1,4 +1,4 @@
-"""Recipes: YAML files of flat keys, one for each published setting and for the demo; a run's config.yaml is one too."""
+"""Recipes: YAML files of flat keys, one for each published setting and for the demo. A run's config.yaml is one for its method."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ABOUT = (  # lines of a run's config.yaml that are no keys
 def read_recipe(name: str | Path) -> dict[str, Any]:
     """The keys of a recipe, its ``method`` line included: a YAML file, or the name of one that comes with Sparring.
 
-    What a run's ``config.yaml`` says besides its keys, of what it found, is left out.
+    Of a run's ``config.yaml``, which names the versions that it ran with, the lines that are no keys are left out.
     Raises ValueError where there is none of that name, or where it is no list of ``key: value`` lines.
     """
     shipped = [folder / f"{Path(name).stem}.yaml" for folder in FOLDERS]
@@ -38,4 +38,5 @@ def read_recipe(name: str | Path) -> dict[str, Any]:
         raise ValueError(f"{file} is not YAML: {problem}") from problem
     if not isinstance(keys, dict):
         raise ValueError(f"{file} holds no keys: a recipe is a list of `key: value` lines")
-    return {key: value for key, value in keys.items() if key not in ABOUT}
+    written_by_a_run = isinstance(keys.get("versions"), dict)
+    return {key: value for key, value in keys.items() if not (written_by_a_run and key in ABOUT)}

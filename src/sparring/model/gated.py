@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from sparring.model.linear import cross
 from sparring.model.linear import product as linear
+from sparring.model.linear import weight_gradient
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": nn.functional.silu,
@@ -82,7 +82,7 @@ class Down(torch.autograd.Function):
         d_hidden = linear(slope, weight.t()).view_as(gate)
         acted, d_gate, d_up = ctx.way.slopes(ctx.kind, d_hidden, gate, up)
         del d_hidden
-        d_weight = cross(slope, (acted * up).flatten(0, -2)) if ctx.needs_input_grad[2] else None
+        d_weight = weight_gradient(slope, (acted * up).flatten(0, -2)) if ctx.needs_input_grad[2] else None
         return d_gate, d_up, d_weight, slope.sum(0) if ctx.needs_input_grad[3] else None, None, None
 
 

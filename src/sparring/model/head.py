@@ -17,7 +17,7 @@ from sparring.model.linear import product
 
 KEPT = {"cpu": 2**27, "cuda": 2**30}  # bytes of logits at a time, where a group's fit; larger ones are computed twice
 CACHED = {"cpu": 2**22, "cuda": 2**28}  # bytes of float32 logits that are normalised at a time
-WIDE = 16384  # rows of the weight whose gradient is made at a time
+WIDE = 16384  # rows of the weight whose gradient is made at a time, where it is added up in another precision
 
 
 class Head:
@@ -109,7 +109,7 @@ class Head:
             weighted = (hidden * slope).to(hidden.dtype)
             if grad.dtype == probs.dtype:
                 grad.addmm_(probs.T, weighted, alpha=-1)
-            else:  # a product of all rows would be as large as the weight
+            else:  # the product of all rows would be as large as the weight
                 for rows in _cut(0, len(weight), WIDE):
                     grad[rows].sub_(product(probs.T[rows], weighted.T))
             grad.index_add_(0, targets, (hidden * at_target).to(grad.dtype))

@@ -1,4 +1,4 @@
-"""Products on a CPU by oneDNN in float32 instead of PyTorch's BLAS: faster on AMD's processors, and as exact.
+"""Products on a CPU by oneDNN in float32 instead of PyTorch's BLAS, where that is faster, as on AMD's processors; as exact.
 
 Those in bfloat16 too where the processor has no instructions for it (AVX-512, AMX): PyTorch's own loops are many times slower,
 and no more exact than float32 operands and a result that is rounded once.
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 FEW = 8  # rows; with fewer it takes longer to make a weight float32 than PyTorch's loops take where it lies row by row
+NARROW = 16  # inputs of a weight; with fewer PyTorch's BLAS takes three times as long
+AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
 WIDENED = 2**22  # elements of a weight that are float32 at a time
 
 
@@ -28,12 +30,14 @@ def product(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     return nn.functional.linear(hidden, weight, bias)
 
 
-def cross(slope: Tensor, hidden: Tensor) -> Tensor:
-    """s^T h, the gradient of a weight; slope [N, O], hidden [N, I]; returns [O, I].
+def weight_gradient(slope: Tensor, hidden: Tensor) -> Tensor:
+    """s^T h; slope [N, O], hidden [N, I]; returns [O, I].
 
-    oneDNN copies a first operand that is read across. Without AVX-512 that costs more than it gains over PyTorch's BLAS.
+    oneDNN copies a first operand that is read across: on a processor whose widest registers are AVX2's that costs more than it
+    gains over PyTorch's BLAS, but for a weight that is NARROW.
     """
-    if slope.dtype == hidden.dtype == torch.float32 and not _wide_registers():
+    plain = slope.dtype == hidden.dtype == torch.float32 and slope.device.type == "cpu"
+    if AVX2 and plain and hidden.shape[1] >= NARROW:
         return slope.t() @ hidden
     return product(slope.t(), hidden.t())
 
@@ -67,10 +71,9 @@ def _wide(operand: Tensor) -> Tensor:  # contiguous, or oneDNN copies it once mo
 
 
 def _onednn(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    # A part of a wider matrix would be read element by element, a thousand times slower.
     if not (weight.is_contiguous() or weight.t().is_contiguous()):
-        weight = (
-            weight.contiguous()
-        )  # a part of a wider matrix is read element by element otherwise, a thousand times slower
+        weight = weight.contiguous()
     found: Tensor = torch.ops.mkldnn._linear_pointwise(hidden, weight, bias, "none", [], "")
     return found
 
@@ -93,7 +96,7 @@ class Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             d_hidden = product(slope, weight.t()).view(*grads[0].shape[:-1], weight.shape[1])
         if ctx.needs_input_grad[1]:
-            d_weight = cross(slope, hidden.reshape(-1, hidden.shape[-1]))
+            d_weight = weight_gradient(slope, hidden.reshape(-1, hidden.shape[-1]))
         if ctx.needs_input_grad[2]:
             d_bias = slope.sum(0)
         return d_hidden, d_weight, d_bias
@@ -129,7 +132,7 @@ def _there() -> bool:
     """Whether this build of PyTorch has oneDNN's linear layer and it gives what PyTorch's own gives."""
     if not torch.backends.mkldnn.is_available():
         return False
-    with unset_fake_temporarily(), torch.device("cpu"):
+    with unset_fake_temporarily(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
         hidden, weight = torch.linspace(-1, 1, 12).view(1, 3, 4), torch.linspace(-2, 1, 20).view(5, 4)
         try:
             found = _onednn(hidden, weight, weight[:, 0].contiguous())
@@ -145,11 +148,6 @@ def _slow(operand: Tensor) -> bool:
 def slow_bfloat16(device: torch.device) -> bool:
     """Whether products in bfloat16 are PyTorch's own loops on ``device``: on processors without instructions for them."""
     return device.type == "cpu" and not has_bfloat16()
-
-
-@functools.cache
-def _wide_registers() -> bool:
-    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 @functools.cache

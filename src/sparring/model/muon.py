@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-class WideMuon(torch.optim.Muon):
-    """PyTorch's Muon, its updates made orthogonal in float32 instead of bfloat16.
+class Float32Muon(torch.optim.Muon):
+    """PyTorch's Muon as ``make_optimizers`` asks for it, its updates made orthogonal in float32 instead of bfloat16.
 
-    B = mu B + (1 - mu) g; W = (1 - lr lambda) W - 0.2 lr sqrt(max(rows, columns)) NS(g + mu (B - g)), by the options that
-    :func:`sparring.model.optim.make_optimizers` gives: Nesterov's momentum, a rate that matches AdamW's root mean square.
-    Sources: Jordan et al. 2024 (kellerjordan.github.io/posts/muon), arXiv 2502.16982.
+    B = mu B + (1 - mu) g; W = (1 - lr lambda) W - 0.2 lr sqrt(max(rows, columns)) NS(g + mu (B - g)), mu 0.95, lambda the weight
+    decay. Sources: Jordan et al. 2024 (kellerjordan.github.io/posts/muon); its rate, which gives AdamW's root mean square, is of
+    arXiv 2502.16982.
     """
 
+    def __init__(self, params: Iterable[Tensor], *, lr: float, weight_decay: float) -> None:
+        """Over float32 matrices."""
+        super().__init__(params, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """Step every matrix that has a gradient; ``closure`` is not taken."""
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step every matrix that has a gradient; the loss, where ``closure`` computes it first."""
+        loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             for weight in (p for p in group["params"] if p.grad is not None):
                 state = self.state[weight]
@@ -35,6 +40,8 @@ class WideMuon(torch.optim.Muon):
                 )
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
                 weight.add_(update, alpha=-0.2 * group["lr"] * math.sqrt(max(weight.shape)))
+                del update  # before the next matrix has its own
+        return loss
 
 
 def orthogonal(update: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
@@ -46,6 +53,7 @@ def orthogonal(update: Tensor, coefficients: tuple[float, float, float], steps: 
     long = update.shape[0] > update.shape[1]
     power = update.t() if long else update
     power.div_(power.norm().clamp(min=eps))
+    del update  # its memory goes with the first power of it
     for _ in range(steps):
         gram = power @ power.t()
         power = torch.addmm(power, torch.addmm(gram, gram, gram, beta=b, alpha=c), power, beta=a)

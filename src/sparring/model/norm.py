@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-BLOCK = 2**17  # elements of hidden states in one block, which stays in a core's cache
+BLOCK = 2**17  # elements of hidden states in a block: larger ones take more memory, smaller ones more calls
 
 
 class RMSNorm(torch.autograd.Function):

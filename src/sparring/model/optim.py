@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparring.config import TrainingConfig
 from sparring.model.linear import slow_bfloat16
-from sparring.model.muon import WideMuon
+from sparring.model.muon import Float32Muon
 from sparring.model.sharding import local
 
 
@@ -19,7 +19,7 @@ def make_optimizers(model: Any, config: TrainingConfig) -> list[torch.optim.Opti
     """The optimizer of ``config.optim`` over the trainable weights; Muon comes with an AdamW for what is no hidden matrix.
 
     Weight decay spares vectors (norms and biases). Of a sharded model each process steps its own part. Raises ValueError where
-    this PyTorch has no Muon, or the model is sharded, whose matrices Muon needs whole.
+    the model is sharded, whose matrices Muon needs whole.
     """
     named = [(name, local(p)) for name, p in model.named_parameters() if p.requires_grad]
     hidden = [local(p) for p in _hidden(model)] if config.optim == "muon" else []
@@ -45,8 +45,11 @@ def make_optimizers(model: Any, config: TrainingConfig) -> list[torch.optim.Opti
     if groups:  # Muon has all of an adapter
         optimizers.append(torch.optim.AdamW(groups, lr=rate, betas=betas, eps=eps, fused=fused))
     if hidden:
-        kind = WideMuon if slow_bfloat16(hidden[0].device) else torch.optim.Muon
-        optimizers.append(kind(hidden, lr=rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"))
+        words: dict[str, Any] = {"lr": rate, "weight_decay": config.weight_decay}
+        slow = slow_bfloat16(hidden[0].device)
+        optimizers.append(
+            Float32Muon(hidden, **words) if slow else torch.optim.Muon(hidden, **words, adjust_lr_fn="match_rms_adamw")
+        )
     return optimizers
 
 
